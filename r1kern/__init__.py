@@ -1,0 +1,12 @@
+"""r1kern: GRPO training of DeepSeek-V3-architecture models, one engine from laptop to cluster."""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a checkout (and an editable install) the Triton kernels live beside this package, in the
+# top-level folder `kernels/`; a wheel installs them as `r1kern/kernels`.  Both import as
+# `r1kern.kernels`.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "kernels" / "reference.py").is_file() and (_checkout / "setup.py").is_file():
+    __path__.append(str(_checkout))
