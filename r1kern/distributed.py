@@ -1,0 +1,181 @@
+"""Start-up of one `torchrun` process: world, device, process groups, seeds, deadlines."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import random
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from r1kern.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands.
+
+    Attributes:
+        rank, size: of the whole job.
+        device: "cpu" or "cuda:N".
+        tp, ep, pp, dp: sizes of the trainer's parallel groups.
+        dp_rank: rank among the data-parallel replicas of the trainer.
+        is_last_stage: this process holds the language-model head.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    tp: int
+    ep: int
+    pp: int
+    dp: int
+    dp_rank: int
+    is_last_stage: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(
+    *, tp: int = 1, ep: int = 1, pp: int = 1, seed: int = 0, deadline_s: float = 600.0
+) -> World:
+    """Join the torchrun world (or a world of one) and build Megatron's process groups.
+
+    NCCL and the local GPU are used where CUDA is available, gloo and the CPU elsewhere.  Must run
+    before the generator is built: vLLM would otherwise take the default process group over.
+
+    Args:
+        tp, ep, pp: tensor, expert and pipeline parallel sizes of the trainer; the data-parallel
+            size is what remains of the world.
+        seed: seeds python, numpy and torch, and Megatron's model-parallel generators.
+        deadline_s: seconds after which any collective fails instead of waiting on.
+
+    Raises:
+        UserError: the layout does not divide the world size, or a local rank has no GPU.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if size % (tp * pp) or size % (ep * pp):
+        raise UserError(
+            f"{size} processes cannot be laid out as tp={tp} ep={ep} pp={pp}: the world size must "
+            f"be a multiple of tp*pp={tp * pp} and of ep*pp={ep * pp}; change parallel.* or "
+            f"--nproc-per-node"
+        )
+    device = _choose_device(local_rank, local_size)
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ["MASTER_PORT"] = str(_free_port())
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=deadline_s)
+        )
+    _build_groups(tp, ep, pp, deadline_s)
+    seed_all(seed)
+    from megatron.core import parallel_state as mpu
+
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        tp=tp,
+        ep=ep,
+        pp=pp,
+        dp=mpu.get_data_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        is_last_stage=mpu.is_pipeline_last_stage(),
+    )
+
+
+def _choose_device(local_rank: int, local_size: int) -> torch.device:
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU ({torch.cuda.device_count()} visible): lower "
+                f"--nproc-per-node or widen CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    from r1kern import megatron_cpu
+
+    megatron_cpu.install()
+    # Ranks of one node share its cores; vLLM makes later calls a no-op, so it is set here.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    return torch.device("cpu")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _build_groups(tp: int, ep: int, pp: int, deadline_s: float) -> None:
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if mpu.is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, math.ceil(deadline_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(1)
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch alike on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the process groups; safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def deadline(phase: str, seconds: float):
+    """Abort the process, naming `phase` and this rank, when the block takes over `seconds`.
+
+    A hang inside native code (a collective, the generator) cannot be interrupted from Python, so
+    the process prints every thread's stack and exits with status 75; torchrun then ends the other
+    ranks and the last checkpoint stands.
+    """
+
+    def abort():
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"r1kern: rank {rank} waited over {seconds:.0f} s for '{phase}'; stacks follow. Raise "
+            f"run.deadline_s if this phase is only slow.",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(75)
+
+    timer = threading.Timer(seconds, abort)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

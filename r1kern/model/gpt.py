@@ -1,0 +1,156 @@
+"""DeepSeek-V3 as a Megatron-core `GPTModel`: the layer specs and the head."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from r1kern.model.attention import (
+    CoreAttention,
+    DuplicatedLinear,
+    LatentNorm,
+    MLASelfAttention,
+    Packing,
+    RMSNorm,
+)
+from r1kern.model.moe import GroupedLinear, Router
+
+
+class DeepSeekV3(GPTModel):
+    """A pipeline stage of the model.
+
+    `forward` ends at the last hidden states: log-probabilities come from `ops.linear_logprob` on
+    them and `head_weight`, so that logits never exist whole.
+    """
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V / tp, H], this rank's rows of the language-model head (last stage only)."""
+        return self.output_layer.weight
+
+    def hidden(self, tokens, positions, packing: Packing | None = None):
+        """Last hidden states of this stage.
+
+        Args:
+            tokens, positions: int64 [b, s]; packed: [1, T].
+            packing: the sequences of a packed batch.
+
+        Returns:
+            Last stage: [s * b, H] with all rows on every tensor-parallel rank (row s * b + b').
+            Other stages: what the next stage takes.
+        """
+        return self(tokens, positions, None, packed_seq_params=packing)
+
+    def _postprocess(self, hidden_states, **_):
+        if not self.post_process:
+            return hidden_states
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=group
+            )
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        return whole.flatten(0, 1)
+
+
+def build_model(
+    config: MLATransformerConfig, *, vocab_size: int, max_positions: int
+) -> DeepSeekV3:
+    """This rank's pipeline stage, initialised from torch's random state.
+
+    Args:
+        config: from `hf_config.to_megatron_config`.
+        vocab_size: rows of the embedding and of the head; must divide by the TP size.
+        max_positions: longest sequence.
+    """
+    model = DeepSeekV3(
+        config,
+        _block_spec(config),
+        vocab_size=vocab_size,
+        max_sequence_length=max_positions,
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def _block_spec(config: MLATransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage."""
+    first = get_transformer_layer_offset(config)
+    layers = [
+        _layer_spec(moe=bool(config.moe_layer_freq[first + i]))
+        for i in range(get_num_layers_to_build(config))
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(*, moe: bool) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=DuplicatedLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=DuplicatedLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=LatentNorm,
+            kv_layernorm=LatentNorm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_moe_spec() if moe else ModuleSpec(module=MLP, submodules=_mlp_submodules()),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _mlp_submodules() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _moe_spec() -> ModuleSpec:
+    experts = ModuleSpec(
+        module=TEGroupedMLP,
+        submodules=MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear),
+    )
+    shared = ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules())
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(router=Router, experts=experts, shared_experts=shared),
+    )

@@ -1,0 +1,96 @@
+"""DeepSeek-V3's mixture of experts by Megatron's plug-in points: router and grouped experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+
+from r1kern import ops
+
+
+class Router(TopKRouter):
+    """Sigmoid, group-limited, bias-corrected routing through `ops.route`.
+
+    Megatron scores a group by its top `topk // topk_groups` experts, DeepSeek-V3 by its top two;
+    they agree on the 671B shape only.
+    """
+
+    def gating(self, input):
+        """[s, b, h] -> float32 logits [s, b, E]."""
+        return F.linear(input.float(), self.weight.float())
+
+    def routing(self, logits, padding_mask=None):
+        """Float32 logits [s, b, E] -> weights [T, E] (0 where not chosen), chosen bool [T, E]."""
+        c = self.config
+        logits = logits.flatten(0, -2)
+        routing = ops.route(
+            logits,
+            self.expert_bias,
+            num_groups=c.moe_router_num_groups,
+            topk_groups=c.moe_router_group_topk,
+            topk=c.moe_router_topk,
+            scale=c.moe_router_topk_scaling_factor,
+        )
+        weights = torch.zeros_like(logits).scatter(1, routing.indices, routing.weights)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, routing.indices, True)
+        self._apply_expert_bias(chosen)
+        return weights, chosen
+
+
+class GroupedLinear(torch.nn.Module):
+    """One weight [out, in] per local expert, applied to that expert's run of rows.
+
+    Keeps Transformer Engine's parameter names (`weight0`, `weight1`, ...), which Megatron's
+    `TEGroupedMLP` and its checkpoints expect.  Experts are whole on a rank (expert tensor
+    parallelism 1).
+    """
+
+    def __init__(
+        self, num_gemms, input_size, output_size, *, config, init_method, pg_collection, **_
+    ):
+        super().__init__()
+        assert pg_collection.expt_tp.size() == 1, "experts are not sharded by tensor parallelism"
+        self.num_gemms, self.pg_collection = num_gemms, pg_collection
+        for i in range(num_gemms):
+            weight = torch.nn.Parameter(
+                torch.empty(output_size, input_size, dtype=config.params_dtype)
+            )
+            if config.perform_initialization:
+                init_method(weight.data)
+            # Experts count as expert-parallel at any EP size: with EP 1 and TP > 1 every rank sees
+            # its own share of the tokens, and Megatron would otherwise never sum their gradients.
+            weight.allreduce = False
+            self.register_parameter(f"weight{i}", weight)
+
+    def forward(self, x, rows_per_expert):
+        """x [rows, in] sorted by expert, rows_per_expert list[int] -> [rows, out], no bias."""
+        runs = x.split(list(rows_per_expert))
+        outs = [F.linear(run, getattr(self, f"weight{i}")) for i, run in enumerate(runs)]
+        return torch.cat(outs), None
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Checkpoint entries, one global tensor over all experts for each layer."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        ep = self.pg_collection.ep
+        entries = {}
+        for i in range(self.num_gemms):
+            expert = (len(sharded_offsets), ep.rank() * self.num_gemms + i)
+            made = make_sharded_tensors_for_checkpoint(
+                {f"{i}.weight": getattr(self, f"weight{i}")},
+                "",
+                {},
+                (*sharded_offsets, (*expert, ep.size() * self.num_gemms)),
+                tp_group=self.pg_collection.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            replace_prefix_for_sharding(made, f"{i}.", prefix)
+            tensor = made[f"{i}.weight"]
+            tensor.replica_id = (*tensor.replica_id[:2], self.pg_collection.expt_dp.rank())
+            entries[f"{prefix}weight{i}"] = tensor
+        return entries
