@@ -55,7 +55,7 @@ class Data(_Section):
 
     train: str  # JSONL file, datasets folder, bundled:NAME or hub:owner/name[:split]
     eval: str | None = None
-    template: Literal["r1_zero", "chat", "none"] = "r1_zero"
+    template: Literal["r1-zero", "chat", "none"] = "r1-zero"
     max_prompt_tokens: Positive = 1024
     overlong: Literal["error", "drop"] = "error"
     where: dict[str, list[str]] = {}  # keep the records whose field has one of these values
@@ -79,10 +79,9 @@ class Rollout(Sampling):
 class Generator(_Section):
     """The vLLM engine of each replica."""
 
-    max_seqs: Positive = 256
-    kv_cache_gib: float = Field(1.0, gt=0)  # CPU
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)  # CUDA
-    enforce_eager: bool = True
+    max_seqs: Positive = 256  # completions decoded at the same time
+    kv_cache_gib: float = Field(1.0, gt=0)  # per rank
+    enforce_eager: bool = True  # no CUDA graphs
 
 
 class GRPO(_Section):

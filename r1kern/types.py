@@ -1,11 +1,12 @@
 """The records that flow through the engine: `Prompt -> Rollout -> PackedBatch`.
 
-Shape legend: T packed tokens of a micro-batch, B sequences in it, G completions of a group.
+Shape legend: T packed tokens of a micro-batch, B sequences in it, N completion tokens in it, S the
+longest completion, G completions of a group.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -101,30 +102,35 @@ class Sequence:
 class PackedBatch:
     """Variable-length sequences laid end to end (Megatron's thd layout): one micro-batch.
 
-    Row t holds a token and predicts the next token of its own sequence; padding rows, if any, form
-    one last sequence of their own whose mask is 0.
+    Row t holds a token and predicts the next token of its own sequence.  Padding rows, if any, form
+    one last sequence of their own, of which no completion token comes.
 
     Attributes:
         tokens: int64 [T], inputs.
-        targets: int64 [T], the token that follows each input.
         positions: int64 [T], position within the sequence.
-        cu_seqlens: int32 [B' + 1], offsets of the sequences (the padding sequence included).
-        mask: bool [T], True where the target is a completion token.
-        rows: int64 [B, S], index into T of each sequence's completion rows, 0 where there is none.
-        row_mask: float32 [B, S], 1 where `rows` is real; S is the longest completion.
+        cu_seqlens: int32 [B + 1] offsets of the sequences (one more when there is padding).
+        rows: int64 [N], the rows that predict a completion token, sequence after sequence.
+        targets: int64 [N], the completion tokens they predict.
+        place: int64 [N], where each of them lies in the flattened [B, S] grid of completions.
+        mask: float32 [B, S], 1 where there is a completion token.
         advantages: float32 [B].
-        sampled_logps: float32 [B, S], generator log-probs, 0 where there is none.
-        extra: per-completion-token float32 [B, S] tensors added on the way ("old_logps",
-            "ref_logps").
+        sampled_logps: float32 [B, S], generator log-probs, 0 under the mask.
+        old_logps, ref_logps: float32 [B, S], trainer log-probs once computed.
     """
 
     tokens: torch.Tensor
-    targets: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
-    mask: torch.Tensor
     rows: torch.Tensor
-    row_mask: torch.Tensor
+    targets: torch.Tensor
+    place: torch.Tensor
+    mask: torch.Tensor
     advantages: torch.Tensor
     sampled_logps: torch.Tensor
-    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    old_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+
+    def grid(self, values: torch.Tensor) -> torch.Tensor:
+        """[N] values of completion tokens -> [B, S], 0 under the mask; differentiable."""
+        flat = values.new_zeros(self.mask.numel())
+        return flat.index_copy(0, self.place, values).view_as(self.mask)

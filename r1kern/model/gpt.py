@@ -34,7 +34,6 @@ from r1kern.model.attention import (
     DuplicatedLinear,
     LatentNorm,
     MLASelfAttention,
-    Packing,
     RMSNorm,
 )
 from r1kern.model.moe import GroupedLinear, Router
@@ -43,27 +42,16 @@ from r1kern.model.moe import GroupedLinear, Router
 class DeepSeekV3(GPTModel):
     """A pipeline stage of the model.
 
-    `forward` ends at the last hidden states: log-probabilities come from `ops.linear_logprob` on
-    them and `head_weight`, so that logits never exist whole.
+    `forward(tokens, positions, None, packed_seq_params=packing)` takes int64 [b, s] (packed:
+    [1, T]) and ends at the last hidden states [s * b, H], row s * b + b', all rows on every
+    tensor-parallel rank; earlier stages return what the next one takes.  Log-probabilities come
+    from `ops.linear_logprob` on them and `head_weight`, so that logits never exist whole.
     """
 
     @property
     def head_weight(self) -> torch.Tensor:
         """[V / tp, H], this rank's rows of the language-model head (last stage only)."""
         return self.output_layer.weight
-
-    def hidden(self, tokens, positions, packing: Packing | None = None):
-        """Last hidden states of this stage.
-
-        Args:
-            tokens, positions: int64 [b, s]; packed: [1, T].
-            packing: the sequences of a packed batch.
-
-        Returns:
-            Last stage: [s * b, H] with all rows on every tensor-parallel rank (row s * b + b').
-            Other stages: what the next stage takes.
-        """
-        return self(tokens, positions, None, packed_seq_params=packing)
 
     def _postprocess(self, hidden_states, **_):
         if not self.post_process:

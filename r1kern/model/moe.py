@@ -66,6 +66,8 @@ class GroupedLinear(torch.nn.Module):
             # Experts count as expert-parallel at any EP size: with EP 1 and TP > 1 every rank sees
             # its own share of the tokens, and Megatron would otherwise never sum their gradients.
             weight.allreduce = False
+            # Without this mark the gradient norm counts the experts of TP rank 0 only.
+            weight.tensor_model_parallel = True
             self.register_parameter(f"weight{i}", weight)
 
     def forward(self, x, rows_per_expert):

@@ -1,0 +1,1 @@
+"""What a run tells: time by phase, metrics by step, progress."""

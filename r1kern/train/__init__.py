@@ -1,0 +1,1 @@
+"""The GRPO loop, supervised fine-tuning, the policy they update and its checkpoints."""

@@ -1,0 +1,323 @@
+"""GRPO: group-relative policy optimisation (arXiv 2402.03300; DeepSeek-R1, arXiv 2501.12948).
+
+`GRPO.step` is the algorithm.  Where it differs from the paper's equations is said in
+`ops.grpo_loss`; the old policy's log-probs come from the trainer, and the generator's own are kept
+to measure the mismatch between the two and, by option, to weigh it out (truncated importance
+sampling).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from r1kern import ops
+from r1kern.config import GRPO as Options
+from r1kern.config import TrainConfig
+from r1kern.data.dataset import load_prompts
+from r1kern.data.stream import PromptStream
+from r1kern.data.tokenizer import load_tokenizer
+from r1kern.distributed import World
+from r1kern.eval.heldout import summarise
+from r1kern.generate.engine import Generator, Sampling
+from r1kern.model.weights import hf_shapes
+from r1kern.report.ledger import Ledger
+from r1kern.report.rollouts import RolloutLog
+from r1kern.rewards.score import Reward, score_rollouts
+from r1kern.train.packing import pack
+from r1kern.train.policy import Policy
+from r1kern.types import PackedBatch, Rollout, Sequence
+
+
+class GRPO:
+    """Trainer and generator of one run, sharing this process.
+
+    Args:
+        config: all options.
+        world: from `distributed.start`, with the layout of `config.parallel`.
+        rewards: reward terms of one's own, by the name used in `config.rewards`.
+
+    Attributes:
+        policy, generator: the two stateful parts.
+        rollouts: the graded groups of the last step, of all replicas.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, *, rewards: dict[str, Reward] | None = None
+    ):
+        self.config, self.world, self.ledger = config, world, Ledger(config.run.deadline_s)
+        self._extra_rewards = rewards
+        tokenizer = load_tokenizer(
+            config.model.path, trust_remote_code=config.model.trust_remote_code
+        )
+        read = partial(
+            load_prompts,
+            tokenizer=tokenizer,
+            template=config.data.template,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            overlong=config.data.overlong,
+            where=config.data.where,
+        )
+        self.prompts = PromptStream(read(config.data.train), config.run.seed)
+        self.held_out = read(config.data.eval) if config.data.eval else []
+        self.policy = Policy(
+            config.model,
+            config.parallel,
+            config.optim,
+            world,
+            total_updates=config.train.steps * config.grpo.updates_per_batch,
+        )
+        if config.grpo.beta > 0:
+            self.policy.keep_reference()
+        self.generator = Generator(
+            config.model.path,
+            dtype=config.model.dtype,
+            tensor_parallel=config.parallel.generator_tp,
+            max_model_len=config.model.max_positions,
+            max_num_seqs=config.generator.max_seqs,
+            kv_cache_gib=config.generator.kv_cache_gib,
+            enforce_eager=config.generator.enforce_eager,
+            device=world.device.type,
+            tokenizer=tokenizer,
+            load_weights=False,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        self.sampling = Sampling(
+            n=config.rollout.group_size,
+            max_tokens=config.rollout.max_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            stop_ids=(tokenizer.eos_token_id,),
+        )
+        self.log = RolloutLog(config.run.folder, active=world.is_main)
+        self.rollouts: list[Rollout] = []
+        self.done = 0
+        self.sync()
+
+    def step(self) -> dict[str, float]:
+        """Sample, score, advantage, pack, update, sync; returns the step's metrics."""
+        options, ledger = self.config.grpo, self.ledger
+        with ledger("rollout"):
+            prompts = self.prompts.next(self.config.rollout.prompts_per_step)
+            mine = self.generate(prompts, self.sampling, seed=self.done)
+        with ledger("reward"):
+            mine = score_rollouts(mine, self.config.rewards, extra=self._extra_rewards)
+        with ledger("gather"):
+            self.rollouts = self.gather(mine)
+            self.log.write(self.done, self.rollouts)
+        metrics = rollout_metrics(self.rollouts)
+        for part in split(self.rollouts, options.updates_per_batch):
+            sequences = to_sequences(part, options)
+            with ledger("pack"):
+                batches = self.pack(sequences, compact=options.beta == 0)
+            if options.updates_per_batch > 1:
+                # One update a batch needs no pass of its own: old and present policy are one.
+                with ledger("old log-probs"):
+                    batches = self._with_logps(batches, "old_logps")
+            if options.beta > 0:
+                with ledger("ref log-probs"), self.policy.reference():
+                    batches = self._with_logps(batches, "ref_logps")
+            with ledger("update"):
+                loss = partial(
+                    grpo_step_loss,
+                    options=options,
+                    counts=counts(sequences),
+                    max_tokens=self.sampling.max_tokens,
+                )
+                metrics |= self.policy.update(batches, loss, self.sampling.temperature)
+            self._check_mismatch(metrics["max_mismatch"])
+        with ledger("sync"):
+            self.sync()
+        self.done += 1
+        return metrics | {"lr": self.policy.lr, "weight_version": float(self.policy.version)}
+
+    # -- parts of a step --------------------------------------------------------------------
+
+    def generate(self, prompts: list, sampling: Sampling, *, seed: int) -> list[Rollout]:
+        """This engine's share of `prompts`, sampled; `seed` counts calls within the run."""
+        engines = self.world.size // self.config.parallel.generator_tp
+        engine = self.world.rank // self.config.parallel.generator_tp
+        # Distinct for every run seed, call and engine.
+        seed = (self.config.run.seed * 1_000_003 + seed) * engines + engine
+        return self.generator.generate(prompts[engine::engines], sampling, seed % 2**63)
+
+    def gather(self, mine: list[Rollout]) -> list[Rollout]:
+        """All engines' rollouts, on every rank in the same order."""
+        shares: list = [None] * self.world.size
+        dist.all_gather_object(shares, mine)
+        per_engine = shares[:: self.config.parallel.generator_tp]
+        longest = max(len(share) for share in per_engine)
+        return [share[i] for i in range(longest) for share in per_engine if i < len(share)]
+
+    def pack(self, sequences: list[Sequence], *, compact: bool) -> list[PackedBatch]:
+        """This replica's micro-batches.
+
+        With `compact`, sequences without advantage are left out: where there is no KL term their
+        gradient is exactly zero, and the denominators count them all the same.
+        """
+        return pack(
+            [s for s in sequences if s.advantage or not compact],
+            budget=self.config.train.tokens_per_microbatch,
+            dp=self.world.dp,
+            dp_rank=self.world.dp_rank,
+            multiple=self.world.tp,
+            device=self.world.device,
+        )
+
+    def _with_logps(self, batches: list[PackedBatch], field: str) -> list[PackedBatch]:
+        grids = self.policy.logprobs(batches, self.config.rollout.temperature)
+        return [
+            dataclasses.replace(b, **{field: g}) for b, g in zip(batches, grids, strict=True)
+        ]
+
+    def _check_mismatch(self, largest: float) -> None:
+        limit = self.config.train.mismatch_limit
+        if limit and largest > limit:
+            raise RuntimeError(
+                f"trainer and generator disagree by {largest:.2e} in a log-prob, the limit "
+                f"train.mismatch_limit is {limit:.0e}: the generator's weights or numerics differ"
+            )
+
+    def sync(self):
+        """The policy's weights into the generator, audited; returns the `SyncReport`."""
+        return self.generator.sync(
+            self.policy.export(), hf_shapes(self.policy.hf), self.policy.version
+        )
+
+    # -- around the steps -------------------------------------------------------------------
+
+    def evaluate(self) -> tuple[dict[str, float], str] | None:
+        """Held-out pass@1 with the present weights."""
+        options = self.config.eval
+        if not self.held_out or not options.samples:
+            return None
+        sampling = dataclasses.replace(
+            self.sampling,
+            n=options.samples,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            logps=False,
+        )
+        with self.ledger("evaluate"):
+            mine = self.generate(self.held_out, sampling, seed=2**31 + self.done)
+            mine = score_rollouts(mine, {"accuracy": 1.0, "format": 0.0})
+            rollouts = self.gather(mine)
+        self.log.write(f"eval_{self.done}", rollouts)
+        return summarise(rollouts)
+
+    def state(self) -> dict:
+        return {"prompts": self.prompts.state()}
+
+    def restore(self, state: dict) -> None:
+        self.prompts.restore(state["prompts"])
+        self.done = state["step"]
+        self.sync()
+
+
+def to_sequences(rollouts: list[Rollout], options: Options) -> list[Sequence]:
+    """Completions with their group-relative advantage, equation (3).
+
+    A completion whose grader failed is left out, of its group's mean too.
+    """
+    kept = [
+        (group, rollout.prompt, completion, score.total)
+        for group, rollout in enumerate(rollouts)
+        for completion, score in zip(rollout.completions, rollout.scores, strict=True)
+        if score.failure is None
+    ]
+    advantages = ops.group_advantage(
+        torch.tensor([k[3] for k in kept], dtype=torch.float32),
+        torch.tensor([k[0] for k in kept], dtype=torch.int64),
+        std=options.advantage_std,
+    )
+    return [
+        Sequence(prompt.ids, completion.ids, advantage, completion.logps)
+        for (_, prompt, completion, _), advantage in zip(kept, advantages.tolist(), strict=True)
+        if not (options.drop_truncated and completion.finish == "length")
+    ]
+
+
+def counts(sequences: list[Sequence]) -> dict[str, int]:
+    """The global denominators of a batch of sequences."""
+    return {
+        "num_sequences": len(sequences),
+        "num_tokens": sum(len(s.completion_ids) for s in sequences),
+    }
+
+
+def split(rollouts: list[Rollout], parts: int) -> list[list[Rollout]]:
+    """Equal runs of whole groups, one for each update."""
+    size = len(rollouts) // parts
+    return [rollouts[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def grpo_step_loss(
+    logps: torch.Tensor,
+    entropies: torch.Tensor,
+    batch: PackedBatch,
+    *,
+    options: Options,
+    counts: dict[str, int],
+    max_tokens: int,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`ops.grpo_loss` on a packed micro-batch, with the mismatch metrics beside it.
+
+    Args:
+        logps, entropies: [N] of the completion tokens, `logps` with gradient.
+        counts: denominators of the global batch.
+        max_tokens: completion budget, the constant of `normalizer="constant"`.
+    """
+    logp = batch.grid(logps)
+    old = logp.detach() if batch.old_logps is None else batch.old_logps
+    gap = (old - batch.sampled_logps) * batch.mask
+    weights = None
+    if options.importance_cap is not None:
+        weights = gap.exp().clamp(max=options.importance_cap)
+    loss, metrics = ops.grpo_loss(
+        logp,
+        old,
+        batch.ref_logps,
+        batch.advantages,
+        batch.mask,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        beta=options.beta,
+        normalizer=options.normalizer,
+        ratio=options.ratio,
+        importance_weights=weights,
+        max_tokens=max_tokens,
+        **counts,
+    )
+    tokens = max(1, counts["num_tokens"])
+    metrics["entropy"] = entropies.detach().sum() / tokens
+    metrics["mismatch"] = gap.abs().sum() / tokens
+    metrics["max_mismatch"] = gap.abs().max() if gap.numel() else gap.sum()
+    return loss, metrics
+
+
+def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Rewards by term, pass rate, lengths and counts of one step's rollouts."""
+    scored = [pair for r in rollouts for pair in zip(r.completions, r.scores, strict=True)]
+    graded = [s for _, s in scored if s.failure is None]
+    names = {name for s in graded for name in s.terms}
+    flat = sum(len({s.total for s in r.scores if s.failure is None}) < 2 for r in rollouts)
+    metrics = {
+        "reward": mean([s.total for s in graded]),
+        **{f"reward/{n}": mean([s.terms[n] for s in graded]) for n in sorted(names)},
+        "response_length": mean([len(c.ids) for c, _ in scored]),
+        "truncated": mean([c.finish == "length" for c, _ in scored]),
+        "zero_variance_groups": flat / len(rollouts),
+        "grader_failures": float(len(scored) - len(graded)),
+        "tokens": float(sum(len(c.ids) for c, _ in scored)),
+    }
+    if "accuracy" in names:
+        metrics["pass_rate"] = metrics["reward/accuracy"]
+    return metrics
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,267 @@
+"""The trained model: log-probabilities, updates, its reference copy, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from r1kern import ops
+from r1kern.config import Model, Optim, Parallel
+from r1kern.distributed import World
+from r1kern.errors import UserError
+from r1kern.model.attention import Packing
+from r1kern.model.gpt import build_model
+from r1kern.model.hf_config import DTYPES, layout_violations, read_hf_config, to_megatron_config
+from r1kern.model.hf_files import SafetensorsReader, write_model_folder
+from r1kern.model.weights import export_weights, import_weights, local_tensors
+from r1kern.train import adam
+from r1kern.types import PackedBatch
+
+# (log-probs [N], entropies [N], batch) -> (loss, metrics)
+Loss = Callable[[torch.Tensor, torch.Tensor, PackedBatch], tuple[torch.Tensor, dict]]
+
+
+class Policy:
+    """One model under Megatron's parallelism with its optimizer.
+
+    Args:
+        model: folder, initialisation and dtype.
+        parallel: sizes of the groups that `world` was started with.
+        optim: AdamW and its schedule.
+        world: from `distributed.start`.
+        total_updates: optimizer steps of the whole run, for the learning-rate schedule.
+
+    Raises:
+        UserError: the model cannot be laid out so (all reasons at once) or read.
+    """
+
+    def __init__(
+        self, model: Model, parallel: Parallel, optim: Optim, world: World, *, total_updates: int
+    ):
+        self.world = world
+        self.source = model.path
+        self.hf = read_hf_config(model.path)
+        violations = layout_violations(self.hf, tp=parallel.tp, ep=parallel.ep, pp=parallel.pp)
+        if violations:
+            raise UserError("; ".join(violations))
+        self.config = to_megatron_config(
+            self.hf,
+            tp=parallel.tp,
+            ep=parallel.ep,
+            pp=parallel.pp,
+            dtype=DTYPES[model.dtype],
+            # Gradients are sums already: nothing may divide them by a count of tokens.
+            finalize_model_grads_func=lambda chunks, num_tokens=None, **groups: (
+                finalize_model_grads(chunks, None, **groups)
+            ),
+        )
+        self.model = build_model(
+            self.config, vocab_size=self.hf.vocab_size, max_positions=model.max_positions
+        )
+        if model.init == "load":
+            import_weights(self.model, SafetensorsReader(model.path))
+        self.ddp = DistributedDataParallel(
+            self.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+            ),
+            self.model,
+        )
+        self.ddp.broadcast_params()  # random initialisation must not differ between replicas
+        self.optimizer = self._build_optimizer(optim, DTYPES[model.dtype])
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=optim.warmup_steps,
+            lr_decay_steps=max(total_updates, optim.warmup_steps + 1),
+            lr_decay_style=optim.schedule,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        self.version = 0  # optimizer updates so far
+        self._reference: list[torch.Tensor] | None = None
+
+    def _build_optimizer(self, optim: Optim, dtype: torch.dtype):
+        adam.install()
+        return get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                min_lr=optim.min_lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.beta1,
+                adam_beta2=optim.beta2,
+                adam_eps=optim.eps,
+                clip_grad=optim.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.ddp],
+        )
+
+    # -- log-probabilities ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, batches: list[PackedBatch], temperature: float = 1.0) -> list[torch.Tensor]:
+        """Log-probability of every completion token, no gradient.
+
+        Returns:
+            One float32 [B, S] grid per micro-batch, 0 under the mask, on every pipeline stage.
+        """
+
+        def score(batch, hidden, non_loss_data):
+            logp, _ = self._score(hidden, batch, temperature)
+            return batch.grid(logp)
+
+        grids = self._run(batches, score, forward_only=True, collect_non_loss_data=True)
+        return [grid.to(self.world.device) for grid in self._from_last_stage(grids)]
+
+    @contextmanager
+    def reference(self):
+        """Within the block the model has the reference weights (see `keep_reference`)."""
+        assert self._reference is not None, "keep_reference was not called"
+        self._swap_reference()
+        try:
+            yield
+        finally:
+            self._swap_reference()
+
+    def keep_reference(self) -> None:
+        """Take the present weights as the reference model (held in host memory)."""
+        self._reference = [t.detach().cpu().clone() for _, t, _ in local_tensors(self.model)]
+
+    def _swap_reference(self) -> None:
+        for (_, tensor, _), kept in zip(local_tensors(self.model), self._reference, strict=True):
+            current = tensor.cpu().clone()
+            tensor.copy_(kept)
+            kept.copy_(current)
+
+    # -- update -----------------------------------------------------------------------------
+
+    def update(
+        self, batches: list[PackedBatch], loss: Loss, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """One optimizer step on the sum of `loss` over all micro-batches and replicas.
+
+        The loss carries its global denominator, so that the gradient does not depend on how the
+        batch was cut.  Metrics are summed likewise, those named `max_*` are maxima.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; in the first case the
+                weights are untouched.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def step(batch, hidden):
+            value, metrics = loss(*self._score(hidden, batch, temperature), batch)
+            metrics = {k: v.detach() for k, v in {"loss": value, **metrics}.items()}
+            return value, torch.zeros([], dtype=torch.int), metrics
+
+        metrics = self._reduce(self._run(batches, step, forward_only=False))
+        if not torch.isfinite(torch.tensor(metrics["loss"])):
+            raise FloatingPointError(
+                f"the loss of update {self.version + 1} is {metrics['loss']}; nothing was updated"
+            )
+        _, grad_norm, _ = self.optimizer.step()
+        if not torch.isfinite(torch.as_tensor(grad_norm)):
+            raise FloatingPointError(
+                f"the gradient of update {self.version + 1} is {grad_norm}; the weights are "
+                f"damaged, resume from the last checkpoint with a lower optim.lr"
+            )
+        self.scheduler.step(1)
+        self.version += 1
+        return metrics | {"grad_norm": float(grad_norm)}
+
+    def _score(self, hidden, batch: PackedBatch, temperature: float):
+        """Hidden states [T, H] -> log-probs and entropies [N] of the completion tokens."""
+        return ops.linear_logprob(
+            hidden.index_select(0, batch.rows),
+            self.model.head_weight,
+            batch.targets,
+            temperature=temperature,
+            tp_group=mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None,
+        )
+
+    def _run(self, batches: list[PackedBatch], step, **schedule) -> list:
+        """Megatron's pipeline schedule over the micro-batches."""
+
+        def forward_step(iterator, model):
+            batch = next(iterator)
+            packing = Packing.of(batch.cu_seqlens)
+            output = model(
+                batch.tokens[None], batch.positions[None], None, packed_seq_params=packing
+            )
+            return output, partial(step, batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=max(b.tokens.numel() for b in batches),
+            micro_batch_size=1,
+            **schedule,
+        )
+
+    def _reduce(self, per_batch: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Over micro-batches, then over replicas."""
+        metrics = None
+        if self.world.is_last_stage:
+            names = list(per_batch[0])
+            values = torch.stack([torch.stack([m[n].float() for n in names]) for m in per_batch])
+            total, largest = values.sum(0), values.amax(0)
+            group = mpu.get_data_parallel_group()
+            dist.all_reduce(total, group=group)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            metrics = {
+                name: (largest if name.startswith("max_") else total)[i].item()
+                for i, name in enumerate(names)
+            }
+        return self._from_last_stage(metrics)
+
+    def _from_last_stage(self, value):
+        """What the last pipeline stage holds, on every stage."""
+        if self.world.pp == 1:
+            return value
+        sent = [value]
+        dist.broadcast_object_list(
+            sent, group_src=self.world.pp - 1, group=mpu.get_pipeline_model_parallel_group()
+        )
+        return sent[0]
+
+    # -- weights ----------------------------------------------------------------------------
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors by Hugging Face name; see `weights.export_weights`."""
+        return export_weights(self.model, self.hf)
+
+    def save_hf(self, folder) -> None:
+        """Write a folder that transformers and vLLM load; collective."""
+        write_model_folder(
+            folder, self.export(), like=self.source, is_writer=self.world.is_main
+        )
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
