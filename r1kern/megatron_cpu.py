@@ -173,6 +173,11 @@ def install() -> None:
     global _installed
     if _installed:
         return
+    if "megatron.core.transformer.transformer_layer" in sys.modules:
+        raise RuntimeError(
+            "megatron.core is loaded already: call r1kern.distributed.start() before importing it "
+            "or anything of r1kern.model and r1kern.train"
+        )
     import megatron.core
     import megatron.core.jit as jit
 

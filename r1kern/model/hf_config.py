@@ -1,17 +1,13 @@
-"""Hugging Face `config.json` -> Megatron-core transformer configuration."""
+"""A model's Hugging Face `config.json`, and whether a parallel layout fits it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import MLATransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
+from r1kern.config import Parallel
 from r1kern.errors import UserError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -33,111 +29,43 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
-def layout_violations(hf: PretrainedConfig, *, tp: int, ep: int, pp: int) -> list[str]:
-    """Everything about this model that `tp`, `ep` and `pp` do not divide, one line each."""
-    checks = [
-        ("tp", tp, "num_attention_heads", hf.num_attention_heads),
-        ("tp", tp, "vocab_size", hf.vocab_size),
-        ("tp", tp, "intermediate_size", hf.intermediate_size),
-        (
-            "tp",
-            tp,
-            "moe_intermediate_size * n_shared_experts",
-            hf.moe_intermediate_size * hf.n_shared_experts,
-        ),
-        ("ep", ep, "n_routed_experts", hf.n_routed_experts),
-        ("pp", pp, "num_hidden_layers", hf.num_hidden_layers),
-    ]
-    lines = []
-    for axis, size, name, value in checks:
-        if value % size:
-            fits = [n for n in range(1, size + 1) if value % n == 0]
-            lines.append(
-                f"parallel.{axis}={size} does not divide {name}={value} (try {axis}={fits[-1]})"
-            )
-    return lines
-
-
-def to_megatron_config(
-    hf: PretrainedConfig, *, tp: int, ep: int, pp: int, dtype: torch.dtype, **overrides
-) -> MLATransformerConfig:
-    """Megatron-core configuration of a DeepSeek-V3 model (arXiv 2412.19437).
+def check_layout(hf: PretrainedConfig, parallel: Parallel, world_size: int) -> None:
+    """Refuse a layout that cannot work, before any process group exists.
 
     Args:
-        hf: transformers' `DeepseekV3Config`.
-        tp, ep, pp: parallel sizes; sequence parallelism is on whenever tp > 1.
-        dtype: of parameters and activations.
-        overrides: fields of `MLATransformerConfig`, for what is not in `config.json`.
+        hf: the model.
+        parallel: sizes of the trainer's groups and of the generator's replicas.
+        world_size: processes of the job.
+
+    Raises:
+        UserError: one line with *all* violations, a suggestion with each.
     """
-    rope = dict(hf.rope_parameters)
-    yarn = rope.get("rope_type", "default") == "yarn"
-    fields = dict(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        num_attention_heads=hf.num_attention_heads,
-        ffn_hidden_size=hf.intermediate_size,
-        layernorm_epsilon=hf.rms_norm_eps,
-        init_method_std=hf.initializer_range,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        qk_layernorm=True,
-        # attention
-        multi_latent_attention=True,
-        q_lora_rank=hf.q_lora_rank,
-        kv_lora_rank=hf.kv_lora_rank,
-        qk_head_dim=hf.qk_nope_head_dim,
-        qk_pos_emb_head_dim=hf.qk_rope_head_dim,
-        v_head_dim=hf.v_head_dim,
-        rope_type="yarn" if yarn else "rope",
-        rotary_base=rope["rope_theta"],
-        # Megatron's default factor of 40 would reach the softmax scale of plain rope too.
-        rotary_scaling_factor=rope["factor"] if yarn else 1.0,
-        original_max_position_embeddings=rope.get("original_max_position_embeddings", 4096),
-        beta_fast=rope.get("beta_fast", 32),
-        beta_slow=rope.get("beta_slow", 1),
-        mscale=rope.get("mscale", 1.0),
-        mscale_all_dim=rope.get("mscale_all_dim", 0.0) or 0.0,
-        rotary_interleaved=False,  # MLA de-interleaves by itself
-        apply_rope_fusion=False,
-        # experts
-        num_moe_experts=hf.n_routed_experts,
-        moe_ffn_hidden_size=hf.moe_intermediate_size,
-        moe_shared_expert_intermediate_size=hf.moe_intermediate_size * hf.n_shared_experts,
-        moe_layer_freq=[int(i >= hf.first_k_dense_replace) for i in range(hf.num_hidden_layers)],
-        moe_router_topk=hf.num_experts_per_tok,
-        moe_router_num_groups=hf.n_group,
-        moe_router_group_topk=hf.topk_group,
-        moe_router_topk_scaling_factor=hf.routed_scaling_factor,
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,  # reinforcement learning keeps the trained bias
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        moe_permute_fusion=False,
-        moe_grouped_gemm=True,
-        # numerics and parallelism
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=tp,
-        sequence_parallel=tp > 1,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=1,
-        pipeline_model_parallel_size=pp,
-        variable_seq_lengths=pp > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # The loss arrives divided by its global denominator, so that gradients are summed as
-        # they are over micro-batches and ranks.
-        calculate_per_token_loss=True,
-    )
-    return MLATransformerConfig(**{**fields, **overrides})
+    p = parallel
+    divides = [
+        ("tp", p.tp, "num_attention_heads", hf.num_attention_heads),
+        ("tp", p.tp, "vocab_size", hf.vocab_size),
+        ("tp", p.tp, "intermediate_size", hf.intermediate_size),
+        ("tp", p.tp, "shared expert width", hf.moe_intermediate_size * hf.n_shared_experts),
+        ("ep", p.ep, "n_routed_experts", hf.n_routed_experts),
+        ("pp", p.pp, "num_hidden_layers", hf.num_hidden_layers),
+        ("generator_tp", p.generator_tp, "num_attention_heads", hf.num_attention_heads),
+        ("generator_tp", p.generator_tp, "world size", world_size),
+    ]
+    lines = [
+        f"parallel.{axis}={size} does not divide {name}={value} (try {_nearest(size, value)})"
+        for axis, size, name, value in divides
+        if value % size
+    ]
+    for axes, size in (("tp*pp", p.tp * p.pp), ("ep*pp", p.ep * p.pp)):
+        if world_size % size:
+            lines.append(
+                f"{axes}={size} does not divide the world size {world_size} (start "
+                f"{-(-world_size // size) * size} processes with torchrun --nproc-per-node)"
+            )
+    if lines:
+        raise UserError("impossible layout: " + "; ".join(lines))
+
+
+def _nearest(size: int, value: int) -> int:
+    """The largest divisor of `value` up to `size`."""
+    return max(n for n in range(1, size + 1) if value % n == 0)

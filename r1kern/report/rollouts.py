@@ -1,4 +1,4 @@
-"""Graded rollouts on disk, one JSONL file a step."""
+"""Graded rollouts on disk, as JSONL."""
 
 from __future__ import annotations
 
@@ -8,25 +8,14 @@ from pathlib import Path
 from r1kern.types import Completion, Prompt, Rollout, Score
 
 
-class RolloutLog:
-    """Writes `rollouts/NAME.jsonl` into a run folder, one line per completion."""
-
-    def __init__(self, folder: str | Path, *, active: bool):
-        self._folder = Path(folder) / "rollouts"
-        self._active = active
-
-    def write(self, name: int | str, rollouts: list[Rollout]) -> None:
-        """Replace the file of `name`; a step is zero-padded."""
-        if not self._active:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        stem = f"step_{name:06d}" if isinstance(name, int) else name
-        lines = [
-            json.dumps(_record(group, rollout, i), ensure_ascii=False)
-            for group, rollout in enumerate(rollouts)
-            for i in range(len(rollout.completions))
-        ]
-        (self._folder / f"{stem}.jsonl").write_text("".join(line + "\n" for line in lines))
+def write_rollouts(path: str | Path, rollouts: list[Rollout]) -> None:
+    """One line per completion; `read_rollouts` reads them back."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", encoding="utf-8") as file:
+        for group, rollout in enumerate(rollouts):
+            for i in range(len(rollout.completions)):
+                record = _record(group, rollout, i)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _record(group: int, rollout: Rollout, index: int) -> dict:
@@ -49,7 +38,7 @@ def _record(group: int, rollout: Rollout, index: int) -> dict:
 
 
 def read_rollouts(path: str | Path) -> list[Rollout]:
-    """The groups of a file that `RolloutLog` wrote."""
+    """The groups of a file that `write_rollouts` wrote."""
     groups: dict[int, list[dict]] = {}
     for line in Path(path).read_text().splitlines():
         record = json.loads(line)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,14 @@ from r1kern import ops
 from r1kern.config import GRPO as Options
 from r1kern.config import TrainConfig
 from r1kern.data.dataset import load_prompts
-from r1kern.data.stream import PromptStream
+from r1kern.data.stream import Stream
 from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
 from r1kern.eval.heldout import summarise
 from r1kern.generate.engine import Generator, Sampling
 from r1kern.model.weights import hf_shapes
 from r1kern.report.ledger import Ledger
-from r1kern.report.rollouts import RolloutLog
+from r1kern.report.rollouts import write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
 from r1kern.train.packing import pack
 from r1kern.train.policy import Policy
@@ -61,7 +62,7 @@ class GRPO:
             overlong=config.data.overlong,
             where=config.data.where,
         )
-        self.prompts = PromptStream(read(config.data.train), config.run.seed)
+        self.prompts = Stream(read(config.data.train), config.run.seed)
         self.held_out = read(config.data.eval) if config.data.eval else []
         self.policy = Policy(
             config.model,
@@ -92,7 +93,6 @@ class GRPO:
             top_p=config.rollout.top_p,
             stop_ids=(tokenizer.eos_token_id,),
         )
-        self.log = RolloutLog(config.run.folder, active=world.is_main)
         self.rollouts: list[Rollout] = []
         self.done = 0
         self.sync()
@@ -107,12 +107,17 @@ class GRPO:
             mine = score_rollouts(mine, self.config.rewards, extra=self._extra_rewards)
         with ledger("gather"):
             self.rollouts = self.gather(mine)
-            self.log.write(self.done, self.rollouts)
+            self._keep(f"step_{self.done + 1:06d}", self.rollouts)
         metrics = rollout_metrics(self.rollouts)
         for part in split(self.rollouts, options.updates_per_batch):
             sequences = to_sequences(part, options)
+            denominators = counts(sequences)
+            if options.beta == 0:
+                # Without a KL term a sequence without advantage has a gradient of exactly zero;
+                # the denominators count it all the same.
+                sequences = [s for s in sequences if s.advantage]
             with ledger("pack"):
-                batches = self.pack(sequences, compact=options.beta == 0)
+                batches = self.pack(sequences)
             if options.updates_per_batch > 1:
                 # One update a batch needs no pass of its own: old and present policy are one.
                 with ledger("old log-probs"):
@@ -124,7 +129,8 @@ class GRPO:
                 loss = partial(
                     grpo_step_loss,
                     options=options,
-                    counts=counts(sequences),
+                    denominators=denominators,
+                    trained_tokens=counts(sequences)["num_tokens"],
                     max_tokens=self.sampling.max_tokens,
                 )
                 metrics |= self.policy.update(batches, loss, self.sampling.temperature)
@@ -152,14 +158,10 @@ class GRPO:
         longest = max(len(share) for share in per_engine)
         return [share[i] for i in range(longest) for share in per_engine if i < len(share)]
 
-    def pack(self, sequences: list[Sequence], *, compact: bool) -> list[PackedBatch]:
-        """This replica's micro-batches.
-
-        With `compact`, sequences without advantage are left out: where there is no KL term their
-        gradient is exactly zero, and the denominators count them all the same.
-        """
+    def pack(self, sequences: list[Sequence]) -> list[PackedBatch]:
+        """This replica's micro-batches."""
         return pack(
-            [s for s in sequences if s.advantage or not compact],
+            sequences,
             budget=self.config.train.tokens_per_microbatch,
             dp=self.world.dp,
             dp_rank=self.world.dp_rank,
@@ -206,8 +208,12 @@ class GRPO:
             mine = self.generate(self.held_out, sampling, seed=2**31 + self.done)
             mine = score_rollouts(mine, {"accuracy": 1.0, "format": 0.0})
             rollouts = self.gather(mine)
-        self.log.write(f"eval_{self.done}", rollouts)
+        self._keep(f"eval_{self.done:06d}", rollouts)
         return summarise(rollouts)
+
+    def _keep(self, name: str, rollouts: list[Rollout]) -> None:
+        if self.world.is_main:
+            write_rollouts(Path(self.config.run.folder) / "rollouts" / f"{name}.jsonl", rollouts)
 
     def state(self) -> dict:
         return {"prompts": self.prompts.state()}
@@ -261,14 +267,17 @@ def grpo_step_loss(
     batch: PackedBatch,
     *,
     options: Options,
-    counts: dict[str, int],
+    denominators: dict[str, int],
+    trained_tokens: int,
     max_tokens: int,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`ops.grpo_loss` on a packed micro-batch, with the mismatch metrics beside it.
 
     Args:
         logps, entropies: [N] of the completion tokens, `logps` with gradient.
-        counts: denominators of the global batch.
+        denominators: `counts` of the global batch.
+        trained_tokens: completion tokens of the sequences that were packed, over which the metrics
+            are means.
         max_tokens: completion budget, the constant of `normalizer="constant"`.
     """
     logp = batch.grid(logps)
@@ -290,9 +299,10 @@ def grpo_step_loss(
         ratio=options.ratio,
         importance_weights=weights,
         max_tokens=max_tokens,
-        **counts,
+        **denominators,
     )
-    tokens = max(1, counts["num_tokens"])
+    tokens = max(1, trained_tokens)
+    metrics = {k: v * (denominators["num_tokens"] / tokens) for k, v in metrics.items()}
     metrics["entropy"] = entropies.detach().sum() / tokens
     metrics["mismatch"] = gap.abs().sum() / tokens
     metrics["max_mismatch"] = gap.abs().max() if gap.numel() else gap.sum()

@@ -76,7 +76,9 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
                     with trainer.ledger("save"):
                         checkpoints.save(policy, done, trainer.state())
                     saved = done
-                log.step(step, metrics, trainer.ledger.close_step())
+                seconds = trainer.ledger.close_step()
+                metrics["tokens_per_s"] = metrics["tokens"] / seconds["step"]
+                log.step(step, metrics, seconds)
                 if stop:
                     raise Interrupted(f"stopped after step {done}; continue with --resume")
                 if done == options.steps or _due(done, options.eval_every):

@@ -1,0 +1,156 @@
+"""The command line: `r1kern train | sft | rollout | demo | doctor`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r1kern.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Config = Annotated[Path, typer.Argument(help="YAML file with the options, see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest checkpoint")]
+
+
+def main() -> None:
+    """Run the command line; a `UserError` is one line on stderr and exit code 2."""
+    warnings.filterwarnings("ignore")  # the libraries' notes on deprecations are not for our users
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"r1kern: error{where}: {error}", *error_notes(error), sep="\n  ", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)  # threads of vLLM and gloo would hold the process up
+
+
+def error_notes(error: Exception) -> list[str]:
+    """What the layers above added to the error, such as the last good checkpoint."""
+    return list(getattr(error, "__notes__", ()))
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Reinforcement learning with GRPO. Start it with torchrun to use several processes."""
+    from r1kern.config import TrainConfig, load_config
+
+    options = load_config(TrainConfig, config, overrides or [])
+    world = _start(options)
+    from r1kern.train.grpo import GRPO
+
+    _run(GRPO(options, world), resume)
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Supervised fine-tuning on (problem, completion) records: the cold start."""
+    from r1kern.config import SFTConfig, load_config
+
+    options = load_config(SFTConfig, config, overrides or [])
+    world = _start(options)
+    from r1kern.train.sft import SFT
+
+    _run(SFT(options, world), resume)
+
+
+def _start(options):
+    from r1kern import distributed
+    from r1kern.model.hf_config import check_layout, read_hf_config
+
+    parallel = options.parallel
+    hf = read_hf_config(options.model.path)
+    check_layout(hf, parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    return distributed.start(
+        tp=parallel.tp,
+        ep=parallel.ep,
+        pp=parallel.pp,
+        seed=options.run.seed,
+        deadline_s=options.run.deadline_s,
+    )
+
+
+def _run(trainer, resume: bool) -> None:
+    from r1kern import distributed
+    from r1kern.train import loop
+
+    try:
+        model = loop.run(trainer, resume=resume)
+    except loop.Interrupted as stop:
+        print(f"r1kern: {stop}", file=sys.stderr, flush=True)
+        os._exit(130)
+    if trainer.world.is_main:
+        print(f"final model: {model}", flush=True)
+    distributed.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # threads of vLLM and gloo would hold the process up
+
+
+@app.command()
+def rollout(
+    model: Annotated[Path, typer.Argument(help="folder in Hugging Face format")],
+    data: Annotated[str, typer.Argument(help="problems: JSONL file, bundled:NAME, hub:NAME")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write")] = Path("rollouts.jsonl"),
+    samples: Annotated[int, typer.Option(help="completions per problem")] = 8,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_tokens: int = 1024,
+    template: str = "r1-zero",
+    limit: Annotated[int, typer.Option(help="first problems only; 0: all")] = 0,
+    seed: int = 0,
+) -> None:
+    """Sample completions with vLLM, grade them, and print pass@1."""
+    from r1kern.rollout import sample_and_grade
+
+    line = sample_and_grade(
+        model,
+        data,
+        out=out,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        template=template,
+        limit=limit,
+        seed=seed,
+    )
+    print(f"{line}\nsamples: {out}", flush=True)
+    os._exit(0)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
+    seed: int = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="forget an earlier demo")] = False,
+) -> None:
+    """Train a tiny DeepSeek-V3 to do sums: cold start, GRPO, held-out pass@1 before and after."""
+    from r1kern.demo import run_demo
+
+    raise SystemExit(run_demo(folder, seed=seed, fresh=fresh))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine and say what to do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from r1kern.doctor import report
+
+    checks = report()
+    table = Table("", "check", "found", "remedy")
+    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]--[/]"}
+    for check in checks:
+        table.add_row(marks[check.ok], check.name, check.found, check.remedy)
+    Console().print(table)
+    raise SystemExit(1 if any(check.ok is False for check in checks) else 0)
