@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
-from r1kern.errors import UserError
+from r1kern.errors import Interrupted, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -21,22 +22,34 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest
 
 
 def main() -> None:
-    """Run the command line; a `UserError` is one line on stderr and exit code 2."""
+    """Run the command line and leave: threads of vLLM and gloo would hold the process up."""
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit code.
+
+    A `UserError` is one line on stderr and exit code 2, an interruption after its checkpoint 130.
+    """
     warnings.filterwarnings("ignore")  # the libraries' notes on deprecations are not for our users
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        app()
+        return app(arguments, standalone_mode=False) or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
-        print(f"r1kern: error{where}: {error}", *error_notes(error), sep="\n  ", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(2)  # threads of vLLM and gloo would hold the process up
-
-
-def error_notes(error: Exception) -> list[str]:
-    """What the layers above added to the error, such as the last good checkpoint."""
-    return list(getattr(error, "__notes__", ()))
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"r1kern: error{where}: {error}{notes}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"r1kern: {stop}", file=sys.stderr)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
 
 
 @app.command()
@@ -83,16 +96,10 @@ def _run(trainer, resume: bool) -> None:
     from r1kern import distributed
     from r1kern.train import loop
 
-    try:
-        model = loop.run(trainer, resume=resume)
-    except loop.Interrupted as stop:
-        print(f"r1kern: {stop}", file=sys.stderr, flush=True)
-        os._exit(130)
+    model = loop.run(trainer, resume=resume)
     if trainer.world.is_main:
-        print(f"final model: {model}", flush=True)
+        print(f"final model: {model}")
     distributed.shutdown()
-    sys.stdout.flush()
-    os._exit(0)  # threads of vLLM and gloo would hold the process up
 
 
 @app.command()
@@ -123,8 +130,7 @@ def rollout(
         limit=limit,
         seed=seed,
     )
-    print(f"{line}\nsamples: {out}", flush=True)
-    os._exit(0)
+    print(f"{line}\nsamples: {out}")
 
 
 @app.command()
@@ -132,15 +138,15 @@ def demo(
     folder: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
     seed: int = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="forget an earlier demo")] = False,
-) -> None:
+) -> int:
     """Train a tiny DeepSeek-V3 to do sums: cold start, GRPO, held-out pass@1 before and after."""
     from r1kern.demo import run_demo
 
-    raise SystemExit(run_demo(folder, seed=seed, fresh=fresh))
+    return run_demo(folder, seed=seed, fresh=fresh)
 
 
 @app.command()
-def doctor() -> None:
+def doctor() -> int:
     """Check this machine and say what to do."""
     from rich.console import Console
     from rich.table import Table
@@ -153,4 +159,4 @@ def doctor() -> None:
     for check in checks:
         table.add_row(marks[check.ok], check.name, check.found, check.remedy)
     Console().print(table)
-    raise SystemExit(1 if any(check.ok is False for check in checks) else 0)
+    return 1 if any(check.ok is False for check in checks) else 0

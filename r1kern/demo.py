@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from r1kern.data.cold_start import write_cold_start
 from r1kern.data.records import read_records
 from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.errors import UserError
+from r1kern.launch import launch
 from r1kern.report.metrics import read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -63,6 +61,7 @@ def run_demo(folder: Path, *, seed: int = 0, fresh: bool = False) -> int:
         fresh: remove what an earlier demo left in `folder`.
     """
     started = time.monotonic()
+    processes = min(2, len(os.sched_getaffinity(0)))
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "cold_start.jsonl").is_file():
@@ -77,14 +76,16 @@ def run_demo(folder: Path, *, seed: int = 0, fresh: bool = False) -> int:
     ]
     load_config(SFTConfig, CONFIGS / "demo_sft.yaml", sft)
     if not (folder / "sft" / "model").is_dir():
-        code = torchrun(["sft", str(CONFIGS / "demo_sft.yaml"), *sft, "--resume"])
+        code = launch(
+            ["sft", str(CONFIGS / "demo_sft.yaml"), *sft, "--resume"], processes=processes
+        )
         if code:
             return code
     print(f"[2/2] reinforcement learning: GRPO with vLLM rollouts -> {folder / 'grpo'}")
     grpo = [f"model.path={folder / 'sft' / 'model'}", *at[:1], f"{at[1]}/grpo"]
     load_config(TrainConfig, CONFIGS / "demo.yaml", grpo)
     if not (folder / "grpo" / "model").is_dir():
-        code = torchrun(["train", str(CONFIGS / "demo.yaml"), *grpo, "--resume"])
+        code = launch(["train", str(CONFIGS / "demo.yaml"), *grpo, "--resume"], processes=processes)
         if code:
             return code
     print(summary(folder, time.monotonic() - started))
@@ -112,21 +113,6 @@ def write_inputs(folder: Path, seed: int) -> None:
     scratch = folder / "cold_start.tmp"
     write_cold_start([r.text("problem") for r in records], scratch, visits=8, seed=seed)
     scratch.rename(folder / "cold_start.jsonl")
-
-
-def torchrun(arguments: list[str]) -> int:
-    """`python -m r1kern ...` on as many processes as there are cores, two at most."""
-    processes = min(2, len(os.sched_getaffinity(0)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "r1kern", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment) as child:
-        # Ctrl-C reaches the child as well; it writes a checkpoint, which is waited for.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return child.wait()
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def summary(folder: Path, seconds: float) -> str:

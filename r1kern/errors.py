@@ -1,5 +1,9 @@
-"""The one exception for mistakes a user can mend: the CLI prints it as a single line, exit code 2."""
+"""What a run tells its user by ending."""
 
 
 class UserError(ValueError):
-    """A one-line message that names the thing at fault and the remedy."""
+    """A mistake the user can mend: one line that names the thing and the remedy; exit code 2."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has written its checkpoint; exit code 130."""

@@ -96,9 +96,7 @@ def _as_list(sizes):
 
 
 def _distributed_module() -> types.ModuleType:
-    def all_to_all_single(
-        output, input, output_split_sizes=None, input_split_sizes=None, **kwargs
-    ):
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
         # gloo takes split sizes as lists only; the token dispatcher passes arrays.
         sizes = _as_list(output_split_sizes), _as_list(input_split_sizes)
         return dist.all_to_all_single(output, input, *sizes, **kwargs)

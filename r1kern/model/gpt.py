@@ -66,9 +66,7 @@ class DeepSeekV3(GPTModel):
         return whole.flatten(0, 1)
 
 
-def build_model(
-    config: MLATransformerConfig, *, vocab_size: int, max_positions: int
-) -> DeepSeekV3:
+def build_model(config: MLATransformerConfig, *, vocab_size: int, max_positions: int) -> DeepSeekV3:
     """This rank's pipeline stage, initialised from torch's random state.
 
     Args:

@@ -158,9 +158,7 @@ def import_weights(model: DeepSeekV3, read) -> None:
 
 
 @torch.no_grad()
-def export_weights(
-    model: DeepSeekV3, hf: PretrainedConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(model: DeepSeekV3, hf: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors by Hugging Face name, layer by layer, on every rank.
 
     Collective: all ranks iterate to the end together.  One layer's experts are gathered at a time;

@@ -73,10 +73,12 @@ class MetricsLog:
         self._write(step, {**metrics, **{f"seconds/{k}": v for k, v in seconds.items()}})
         eta = self._eta(step + 1)
         self._progress.update(self._bar, completed=step + 1, eta=eta)
-        shown = [f"{short} {form.format(metrics[k])}" for k, short, form in LINE if k in metrics]
-        terms = [f"{k[7:]} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
-        if terms:
-            shown[0] += f" ({' '.join(terms)})"
+        terms = [f" {k[7:]} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
+        shown = [
+            f"{short} {form.format(metrics[k])}" + ("".join(terms) if k == "reward" else "")
+            for k, short, form in LINE
+            if k in metrics
+        ]
         times = " + ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
         self._console.print(
             f"step {step + 1:>{len(str(self._total))}}/{self._total} | {' | '.join(shown)} | "

@@ -13,9 +13,7 @@ import torch
 class Adam(torch.optim.Optimizer):
     """Decoupled weight decay Adam (arXiv 1711.05101), states in float32."""
 
-    def __init__(
-        self, params, lr, betas, eps, weight_decay, adam_w_mode=True, **unknown
-    ):
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, **unknown):
         assert adam_w_mode and not unknown, f"not supported: {unknown or 'L2 regularisation'}"
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickletools
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -24,16 +24,6 @@ from r1kern.errors import UserError
 from r1kern.train.policy import Policy
 
 STATE = "state.json"
-
-# What torch's and Megatron's checkpoint metadata is made of; any other name in a pickle is refused
-# before it is loaded.
-_TRUSTED = (
-    "torch.distributed.checkpoint.",
-    "torch",
-    "collections",
-    "pathlib",
-    "megatron.core.dist_checkpointing.",
-)
 
 
 class Checkpoints:
@@ -159,39 +149,46 @@ def _restore_random_state(state: dict) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what checkpoint metadata is made of and calls nothing else."""
+
+    modules = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch.distributed.checkpoint.planner",
+    )
+
+    def find_class(self, module, name):
+        is_plain = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, type))
+        if (
+            is_plain
+            or module in self.modules
+            or (module, name)
+            == (
+                "torch.serialization",
+                "_get_layout",
+            )
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it would run '{module}.{name}' when loaded")
+
+
 def refuse_unsafe_pickle(path: Path) -> None:
-    """Scan a pickle's opcodes without executing them.
+    """Try a pickle under an unpickler that only knows torch's checkpoint metadata.
 
     torch.distributed.checkpoint reads its metadata with `pickle`, which runs what the file names.
 
     Raises:
-        UserError: the pickle names anything outside torch's checkpoint metadata, or is cut short.
+        UserError: the pickle names anything else, or is cut short.
     """
-    strings: list[str] = []
     try:
-        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
-            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST"):
-                module, name = (
-                    argument.split(" ") if opcode.name != "STACK_GLOBAL" else strings[-2:]
-                )
-                if not _is_trusted(module, name):
-                    raise UserError(
-                        f"{path} would run '{module}.{name}' when loaded: it was not written by "
-                        f"r1kern, do not use this checkpoint"
-                    )
-            elif isinstance(argument, str):
-                strings.append(argument)
-    except (OSError, ValueError, IndexError) as error:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
         raise UserError(
-            f"{path} cannot be read ({_one_line(error)}): the checkpoint is damaged, remove it to "
+            f"{path} cannot be trusted or read ({_one_line(error)}): remove this checkpoint to "
             f"resume from the one before"
         ) from error
-
-
-def _is_trusted(module: str, name: str) -> bool:
-    if module == "builtins":
-        return name in {"set", "dict", "list", "tuple", "frozenset", "int", "float", "slice"}
-    return any(module == t.rstrip(".") or (t[-1] == "." and module.startswith(t)) for t in _TRUSTED)
 
 
 def _sync_to_disk(folder: Path) -> None:

@@ -9,6 +9,7 @@ sampling).
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +30,16 @@ from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
 from r1kern.train.packing import pack
-from r1kern.train.policy import Policy
+from r1kern.train.policy import Loss, Policy
 from r1kern.types import PackedBatch, Rollout, Sequence
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step to be: micro-batches of this replica and the loss on each."""
+
+    batches: list[PackedBatch]
+    loss: Loss
 
 
 class GRPO:
@@ -93,6 +102,7 @@ class GRPO:
             top_p=config.rollout.top_p,
             stop_ids=(tokenizer.eos_token_id,),
         )
+        self.temperature = config.rollout.temperature
         self.rollouts: list[Rollout] = []
         self.done = 0
         self.sync()
@@ -108,33 +118,20 @@ class GRPO:
         with ledger("gather"):
             self.rollouts = self.gather(mine)
             self._keep(f"step_{self.done + 1:06d}", self.rollouts)
+        with ledger("pack"):
+            updates = [self.prepare(p) for p in split(self.rollouts, options.updates_per_batch)]
+        if len(updates) > 1:
+            # With one update a batch the old policy is the present one: no pass of its own.
+            with ledger("old log-probs"):
+                updates = [self.with_logps(u, "old_logps") for u in updates]
+        if options.beta > 0:
+            with ledger("ref log-probs"), self.policy.reference():
+                updates = [self.with_logps(u, "ref_logps") for u in updates]
         metrics = rollout_metrics(self.rollouts)
-        for part in split(self.rollouts, options.updates_per_batch):
-            sequences = to_sequences(part, options)
-            denominators = counts(sequences)
-            if options.beta == 0:
-                # Without a KL term a sequence without advantage has a gradient of exactly zero;
-                # the denominators count it all the same.
-                sequences = [s for s in sequences if s.advantage]
-            with ledger("pack"):
-                batches = self.pack(sequences)
-            if options.updates_per_batch > 1:
-                # One update a batch needs no pass of its own: old and present policy are one.
-                with ledger("old log-probs"):
-                    batches = self._with_logps(batches, "old_logps")
-            if options.beta > 0:
-                with ledger("ref log-probs"), self.policy.reference():
-                    batches = self._with_logps(batches, "ref_logps")
-            with ledger("update"):
-                loss = partial(
-                    grpo_step_loss,
-                    options=options,
-                    denominators=denominators,
-                    trained_tokens=counts(sequences)["num_tokens"],
-                    max_tokens=self.sampling.max_tokens,
-                )
-                metrics |= self.policy.update(batches, loss, self.sampling.temperature)
-            self._check_mismatch(metrics["max_mismatch"])
+        with ledger("update"):
+            for update in updates:
+                metrics |= self.policy.update(update.batches, update.loss, self.temperature)
+        self._check_mismatch(metrics["max_mismatch"])
         with ledger("sync"):
             self.sync()
         self.done += 1
@@ -158,9 +155,16 @@ class GRPO:
         longest = max(len(share) for share in per_engine)
         return [share[i] for i in range(longest) for share in per_engine if i < len(share)]
 
-    def pack(self, sequences: list[Sequence]) -> list[PackedBatch]:
-        """This replica's micro-batches."""
-        return pack(
+    def prepare(self, rollouts: list[Rollout]) -> Update:
+        """Advantages, denominators and this replica's micro-batches of one update."""
+        options = self.config.grpo
+        sequences = to_sequences(rollouts, options)
+        denominators = counts(sequences)
+        if options.beta == 0:
+            # Without a KL term a sequence without advantage has a gradient of exactly zero; the
+            # denominators count it all the same.
+            sequences = [s for s in sequences if s.advantage]
+        batches = pack(
             sequences,
             budget=self.config.train.tokens_per_microbatch,
             dp=self.world.dp,
@@ -168,12 +172,23 @@ class GRPO:
             multiple=self.world.tp,
             device=self.world.device,
         )
+        loss = partial(
+            grpo_step_loss,
+            options=options,
+            denominators=denominators,
+            trained_tokens=counts(sequences)["num_tokens"],
+            max_tokens=self.sampling.max_tokens,
+        )
+        return Update(batches, loss)
 
-    def _with_logps(self, batches: list[PackedBatch], field: str) -> list[PackedBatch]:
-        grids = self.policy.logprobs(batches, self.config.rollout.temperature)
-        return [
-            dataclasses.replace(b, **{field: g}) for b, g in zip(batches, grids, strict=True)
+    def with_logps(self, update: Update, field: str) -> Update:
+        """`update` with the present weights' log-probs as `field` of its micro-batches."""
+        grids = self.policy.logprobs(update.batches, self.temperature)
+        batches = [
+            dataclasses.replace(batch, **{field: grid})
+            for batch, grid in zip(update.batches, grids, strict=True)
         ]
+        return Update(batches, update.loss)
 
     def _check_mismatch(self, largest: float) -> None:
         limit = self.config.train.mismatch_limit

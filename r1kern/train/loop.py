@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from r1kern.config import SFTConfig, TrainConfig, dump_config
 from r1kern.distributed import World
-from r1kern.errors import UserError
+from r1kern.errors import Interrupted, UserError
 from r1kern.report.ledger import Ledger
 from r1kern.report.metrics import MetricsLog
 from r1kern.train.checkpoint import Checkpoints
@@ -37,10 +37,6 @@ class Trainer(Protocol):
         """JSON values that `restore` takes."""
 
     def restore(self, state: dict) -> None: ...
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM); its checkpoint is written."""
 
 
 def run(trainer: Trainer, *, resume: bool = False) -> Path:

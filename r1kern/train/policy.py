@@ -256,9 +256,7 @@ class Policy:
 
     def save_hf(self, folder) -> None:
         """Write a folder that transformers and vLLM load; collective."""
-        write_model_folder(
-            folder, self.export(), like=self.source, is_writer=self.world.is_main
-        )
+        write_model_folder(folder, self.export(), like=self.source, is_writer=self.world.is_main)
 
     @property
     def lr(self) -> float:

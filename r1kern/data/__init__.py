@@ -1,0 +1,1 @@
+"""Data sets, prompt templates, the demo's tokenizer and arithmetic problems."""

@@ -1,0 +1,1 @@
+"""Evaluation: pass@k, pass@1 over samples, majority vote."""

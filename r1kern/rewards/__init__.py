@@ -1,0 +1,1 @@
+"""Rewards: rule-based terms of a completion and their weighted sum."""

@@ -1,0 +1,35 @@
+"""Runs a worker script of the tests under torchrun, on gloo ranks of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def command(processes: int, *arguments: str) -> list[str]:
+    """`torchrun` as a list of words; a module or script with its arguments follows."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={processes}", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
+
+
+def torchrun(processes: int, *arguments: str, timeout_s: float = 600) -> str:
+    """The worker's output; a failing worker fails the test with it."""
+    done = subprocess.run(
+        command(processes, *arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-6000:]
+    return output

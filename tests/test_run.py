@@ -1,0 +1,167 @@
+"""Whole runs on two gloo ranks with real Megatron-core and real vLLM, as the command line starts them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from launch import ROOT, TESTS, command, environment, torchrun
+from safetensors.torch import load_file
+from tiny_model import write_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from r1kern.data.tokenizer import build_demo_tokenizer
+from r1kern.report.metrics import read_metrics
+from r1kern.report.rollouts import read_rollouts
+
+WORKER = TESTS / "workers" / "train.py"
+CONFIG = ROOT / "configs" / "demo.yaml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that speaks the demo's tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_demo_tokenizer()
+    write_tiny_model(
+        folder,
+        seed=3,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=128,
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def arguments(model, folder, *more) -> list[str]:
+    """A short GRPO run in which random completions earn uneven rewards."""
+    return [
+        str(CONFIG),
+        f"model.path={model}",
+        f"run.folder={folder}",
+        "rewards={variety: 1.0, accuracy: 1.0}",
+        "rollout.prompts_per_step=4",
+        "rollout.group_size=4",
+        "rollout.max_tokens=12",
+        "eval.samples=0",
+        "train.steps=4",
+        "train.save_every=2",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """An uninterrupted run with a KL term and two updates a batch."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    torchrun(2, WORKER, "0", *arguments(model, folder, *OPTIONS))
+    return folder
+
+
+OPTIONS = ["grpo.beta=0.01", "grpo.updates_per_batch=2", "optim.schedule=cosine"]
+
+
+def without_times(folder) -> list[dict]:
+    return [
+        {k: v for k, v in record.items() if "seconds" not in k and "_per_s" not in k}
+        for record in read_metrics(folder)
+    ]
+
+
+def test_metrics_of_a_run(whole):
+    records = [r for r in read_metrics(whole) if "reward" in r]
+    assert [r["step"] for r in records] == [0, 1, 2, 3]
+    for record in records:
+        phases = {k: v for k, v in record.items() if k.startswith("seconds/")}
+        total = phases.pop("seconds/step")
+        assert sum(phases.values()) == pytest.approx(total, rel=1e-6)
+        assert 0 <= phases["seconds/other"] < 0.5 * total
+        assert 0 < record["max_mismatch"] < 1e-4
+        assert record["kl"] >= 0
+        assert record["grad_norm"] > 0
+    assert records[-1]["weight_version"] == 8
+    assert records[0]["kl"] < records[-1]["kl"]
+
+
+def test_rollouts_are_records(whole):
+    rollouts = read_rollouts(whole / "rollouts" / "step_000003.jsonl")
+    assert len(rollouts) == 4
+    for rollout in rollouts:
+        assert len(rollout.completions) == len(rollout.scores) == 4
+        assert rollout.weight_version == 4
+        assert len({c.ids for c in rollout.completions}) > 1
+        assert all(len(c.ids) == len(c.logps) <= 12 for c in rollout.completions)
+
+
+def test_transformers_loads_the_result(whole, model):
+    trained = AutoModelForCausalLM.from_pretrained(whole / "model", dtype=torch.float32)
+    assert AutoTokenizer.from_pretrained(whole / "model")("12+3")["input_ids"]
+    saved = load_file(whole / "model" / "model.safetensors")
+    for name in ("lm_head.weight", "model.norm.weight"):
+        assert torch.equal(trained.state_dict()[name], saved[name])
+    before = load_file(model / "model.safetensors")
+    assert not torch.equal(before["lm_head.weight"], saved["lm_head.weight"])
+
+
+def test_killed_run_resumes_bit_equal(whole, model, tmp_path):
+    folder = tmp_path / "run"
+    killed = subprocess.run(
+        command(2, WORKER, "3", *arguments(model, folder, *OPTIONS)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert killed.returncode != 0
+    assert len(read_metrics(folder)) == 3, killed.stdout + killed.stderr
+    torchrun(2, WORKER, "0", *arguments(model, folder, *OPTIONS, "--resume"))
+    assert without_times(folder) == without_times(whole)
+    resumed = load_file(folder / "model" / "model.safetensors")
+    for name, tensor in load_file(whole / "model" / "model.safetensors").items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(model, tmp_path):
+    folder = tmp_path / "run"
+    more = ["train.steps=500", "parallel.tp=2", "parallel.generator_tp=2", "train.save_every=0"]
+    with subprocess.Popen(
+        command(2, WORKER, "0", *arguments(model, folder, *more)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        wait_for(folder / "metrics.jsonl", lines=2)
+        run.send_signal(signal.SIGINT)
+        output, _ = run.communicate(timeout=120)
+    assert "continue with --resume" in output
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    done = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert done >= 2
+    more[0] = f"train.steps={done + 1}"
+    torchrun(2, WORKER, "0", *arguments(model, folder, *more, "--resume"))
+    assert [r["step"] for r in read_metrics(folder)] == list(range(done + 1))
+
+
+def wait_for(path, *, lines: int, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert time.monotonic() < end, f"{path} did not reach {lines} lines in {seconds} s"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.pp=2", "grpo.beta=0.01"]])
+def test_other_layouts_learn_from_the_same_first_batch(model, tmp_path, layout):
+    """EP and PP share DP 1's data: one step each, mismatch within its bound."""
+    folder = tmp_path / "run"
+    torchrun(2, WORKER, "0", *arguments(model, folder, "train.steps=1", *layout))
+    (record,) = read_metrics(folder)
+    assert 0 < record["max_mismatch"] < 1e-4
+    assert record["weight_version"] == 1
