@@ -1,4 +1,4 @@
-"""Whole runs on two gloo ranks with real Megatron-core and real vLLM, as the command line starts them."""
+"""Whole runs on two gloo ranks with real Megatron-core and real vLLM."""
 
 from __future__ import annotations
 

@@ -111,12 +111,12 @@ class _Regrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, take, give):
-        ctx.save_for_backward(take, give)
+        ctx.save_for_backward(give)
         return x.index_select(0, take)
 
     @staticmethod
     def backward(ctx, grad):
-        take, give = ctx.saved_tensors
+        (give,) = ctx.saved_tensors
         return grad.index_select(0, give), None, None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import random
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from r1kern.errors import UserError
 from r1kern.train.policy import Policy
@@ -75,6 +77,7 @@ class Checkpoints:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         dist.barrier()
+        _keep_results_in_process()
         torch.save(_random_state(), scratch / f"random_{dist.get_rank()}.pt")
         dist_checkpointing.save(_sharded_state(policy, loading=False), str(scratch))
         if dist.get_rank() == 0:
@@ -115,6 +118,24 @@ class Checkpoints:
         if state["world_size"] == dist.get_world_size():
             _restore_random_state(torch.load(mine, weights_only=True))
         return state
+
+
+def _keep_results_in_process() -> None:
+    """Give Megatron's writer a plain queue for its results.
+
+    By default it starts a manager process for asynchronous saves, which costs seconds, imports the
+    user's `__main__` again and outlives a killed trainer.
+
+    Raises:
+        RuntimeError: Megatron's name for the queue has changed.
+    """
+    if not hasattr(filesystem_async, "_results_queue"):
+        raise RuntimeError(
+            "megatron.core.dist_checkpointing...filesystem_async._results_queue is gone: "
+            "r1kern/train/checkpoint.py must be brought up to date with the installed megatron-core"
+        )
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _sharded_state(policy: Policy, *, loading: bool) -> dict:

@@ -62,6 +62,7 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
     saved = first
     with _stop_requests(trainer.world) as stop_requested:
         try:
+            trainer.ledger.close_step()  # what building took belongs to no step
             if first == 0:
                 _evaluate(trainer, log, 0)
             for step in range(first, options.steps):
