@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `kernels/` installs as `r1kern.kernels`; the C++ extension."""
+"""What pyproject.toml cannot say: where `kernels/` and `configs/` install; the C++ extension."""
 
 from pathlib import Path
 
@@ -14,9 +14,13 @@ extension = Pybind11Extension(
 )
 
 setup(
-    packages=[*find_packages(include=["r1kern", "r1kern.*"]), "r1kern.kernels"],
-    package_dir={"r1kern.kernels": "kernels"},
-    package_data={"r1kern": ["py.typed", "*.pyi"], "r1kern.data": ["files/*"]},
+    packages=[*find_packages(include=["r1kern", "r1kern.*"]), "r1kern.kernels", "r1kern.configs"],
+    package_dir={"r1kern.kernels": "kernels", "r1kern.configs": "configs"},
+    package_data={
+        "r1kern": ["py.typed", "*.pyi"],
+        "r1kern.data": ["files/*"],
+        "r1kern.configs": ["*.yaml"],
+    },
     include_package_data=False,
     ext_modules=[extension],
 )

@@ -1,10 +1,10 @@
 """Megatron-core on CPU: everything its official options do not reach, in one guarded place.
 
-Megatron-core 0.16.1 names `torch.cuda`, `device="cuda"` and CUDA tensor types literally.  Its loaded
-modules are given a look-alike of the global name `torch` in which those mean the CPU; torch itself
-keeps its meaning for everybody else in the process (vLLM, transformers, the user).  Called once by
-`distributed.start` on a machine without a GPU; it refuses to run when Megatron's version or a symbol
-it relies on has changed.
+Megatron-core 0.16.1 names `torch.cuda`, `device="cuda"` and CUDA tensor types literally.  Its
+loaded modules are given a look-alike of the global name `torch` in which those mean the CPU; torch
+itself keeps its meaning for everybody else in the process (vLLM, transformers, the user).  Called
+once by `distributed.start` on a machine without a GPU; it refuses to run when Megatron's version or
+a symbol it relies on has changed.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     run(sys.executable, "-m", "pip", "install", *flags, wheel, cwd=tmp_path)
     program = f"""
 import sys; sys.path.insert(0, {str(site)!r})
-import numpy, r1kern, r1kern.kernels.reference, r1kern._C
+import numpy, r1kern, r1kern.kernels.reference, r1kern._C, r1kern.demo
 from importlib.metadata import distribution
 from importlib.resources import files
 for module in (r1kern, r1kern.kernels.reference, r1kern._C):
@@ -57,6 +57,7 @@ for module in (r1kern, r1kern.kernels.reference, r1kern._C):
 assert r1kern._C.pack_ffd(numpy.array([2, 3]), 4).tolist() == [1, 0]
 assert files(r1kern).joinpath("py.typed").is_file()
 assert files(r1kern).joinpath("_C.pyi").is_file()
+assert (r1kern.demo.CONFIGS / "demo.yaml").is_file()
 (ours,) = distribution("r1kern").entry_points.select(group="console_scripts")
 print(distribution("r1kern").version, r1kern.__version__, ours.name, ours.value)
 """
@@ -70,8 +71,9 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     modules = {path.relative_to(ROOT) for path in (ROOT / "r1kern").rglob("*.py")}
     data = {path.relative_to(ROOT) for path in (ROOT / "r1kern/data/files").iterdir()}
     kernels = {"r1kern" / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("*.py")}
+    configs = {"r1kern" / path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml")}
     typing = {"r1kern/py.typed", "r1kern/_C.pyi"}
-    assert packed == {str(path) for path in modules | data | kernels} | typing
+    assert packed == {str(path) for path in modules | data | kernels | configs} | typing
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
