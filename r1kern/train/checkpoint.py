@@ -21,11 +21,23 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from r1kern.errors import UserError
 from r1kern.train.policy import Policy
 
 STATE = "state.json"
+
+# What a file that cannot be written or read comes as, from torch and Megatron.
+FAILURES = (
+    OSError,
+    RuntimeError,
+    KeyError,
+    EOFError,
+    CheckpointException,  # torch's; a BaseException
+    CheckpointingException,  # Megatron's
+    pickle.UnpicklingError,
+)
 
 
 class Checkpoints:
@@ -59,7 +71,7 @@ class Checkpoints:
         scratch = final.with_suffix(".tmp")
         try:
             self._write(policy, scratch, {"step": step, **state})
-        except (OSError, RuntimeError, CheckpointingException) as error:
+        except FAILURES as error:
             kept = self.latest()
             raise UserError(
                 f"checkpoint {final} could not be written ({_one_line(error)}): free some space "
@@ -105,7 +117,7 @@ class Checkpoints:
         wanted = _sharded_state(policy, loading=True)
         try:
             loaded = dist_checkpointing.load(wanted, str(path))
-        except (CheckpointingException, RuntimeError, OSError, KeyError, EOFError) as error:
+        except FAILURES as error:
             raise UserError(
                 f"checkpoint {path} cannot be loaded ({_one_line(error)}): it is damaged or of "
                 f"another model; remove it to resume from the one before"
@@ -205,7 +217,7 @@ def refuse_unsafe_pickle(path: Path) -> None:
     try:
         with path.open("rb") as file:
             _MetadataUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+    except (*FAILURES, AttributeError, ImportError) as error:
         raise UserError(
             f"{path} cannot be trusted or read ({_one_line(error)}): remove this checkpoint to "
             f"resume from the one before"
@@ -221,4 +233,6 @@ def _sync_to_disk(folder: Path) -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200] or type(error).__name__
