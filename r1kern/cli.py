@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from r1kern.errors import Interrupted, UserError
@@ -37,7 +36,9 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore")  # the libraries' notes on deprecations are not for our users
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        return app(arguments, standalone_mode=False) or 0
+        app(arguments)
+    except SystemExit as done:  # how typer ends, bad usage included
+        return done.code or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
@@ -47,9 +48,7 @@ def run(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(f"r1kern: {stop}", file=sys.stderr)
         return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+    raise AssertionError("typer returned")
 
 
 @app.command()
@@ -138,15 +137,15 @@ def demo(
     folder: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
     seed: int = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="forget an earlier demo")] = False,
-) -> int:
+) -> None:
     """Train a tiny DeepSeek-V3 to do sums: cold start, GRPO, held-out pass@1 before and after."""
     from r1kern.demo import run_demo
 
-    return run_demo(folder, seed=seed, fresh=fresh)
+    raise typer.Exit(run_demo(folder, seed=seed, fresh=fresh))
 
 
 @app.command()
-def doctor() -> int:
+def doctor() -> None:
     """Check this machine and say what to do."""
     from rich.console import Console
     from rich.table import Table
@@ -159,4 +158,4 @@ def doctor() -> int:
     for check in checks:
         table.add_row(marks[check.ok], check.name, check.found, check.remedy)
     Console().print(table)
-    return 1 if any(check.ok is False for check in checks) else 0
+    raise typer.Exit(1 if any(check.ok is False for check in checks) else 0)

@@ -74,12 +74,12 @@ def start(
         )
     device = _choose_device(local_rank, local_size)
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ["MASTER_PORT"] = str(_free_port())
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0}
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=deadline_s)
+            "nccl" if device.type == "cuda" else "gloo",
+            world_size=size,
+            timeout=timedelta(seconds=deadline_s),
+            **alone,
         )
     _build_groups(tp, ep, pp, deadline_s)
     seed_all(seed)
@@ -113,14 +113,6 @@ def _choose_device(local_rank: int, local_size: int) -> torch.device:
     # Ranks of one node share its cores; vLLM makes later calls a no-op, so it is set here.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return torch.device("cpu")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _build_groups(tp: int, ep: int, pp: int, deadline_s: float) -> None:

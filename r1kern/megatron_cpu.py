@@ -158,6 +158,20 @@ def check_guard(version: str) -> None:
             )
 
 
+@contextlib.contextmanager
+def _without_compile():
+    """Within the block `torch.compile` gives a function back as it is.
+
+    Compiling takes seconds of a C++ compiler for a few lines each, and fails where there is none.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
 _installed = False
 
 
@@ -176,10 +190,11 @@ def install() -> None:
             "megatron.core is loaded already: call r1kern.distributed.start() before importing it "
             "or anything of r1kern.model and r1kern.train"
         )
-    import megatron.core
-    import megatron.core.jit as jit
+    with _without_compile():  # Megatron's modules decorate with it while they are imported
+        import megatron.core
+        import megatron.core.jit as jit
 
-    jit.jit_fuser = lambda function: function  # first: other modules decorate with it on import
+    jit.jit_fuser = lambda function: function
     check_guard(megatron.core.__version__)
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.multi_latent_attention as mla

@@ -215,6 +215,7 @@ def _build(arguments: dict, device: str):
     vllm.envs.disable_envs_cache()
     if device == "cpu":
         vllm_cpu.check_version(vllm.__version__)
+        vllm_cpu.name_shared_memory()
         arguments = arguments | vllm_cpu.engine_arguments()
     llm = vllm.LLM(**arguments)
     # vLLM 0.32's own finalizer would destroy the trainer's process groups with the engine

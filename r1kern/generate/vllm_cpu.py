@@ -9,9 +9,14 @@ cannot be seen to have worked.
 2. Reloading MoE weights skips the packing of the experts into the kernel's layout when the layer
    already has a kernel, so the kernel reads plain weights as packed ones. Remedy: forget the
    kernel before each reload; vLLM then packs and builds it again.
+
+And one loud one: the ranks of a tensor-parallel engine share memory under a name that is the same
+for every job, so that a second job, or one after a job that was killed, cannot start.
 """
 
 from __future__ import annotations
+
+import uuid
 
 import torch
 
@@ -34,6 +39,30 @@ def engine_arguments() -> dict:
         "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
         "attention_config": {"backend": "CPU_MLA"},
     }
+
+
+def name_shared_memory() -> None:
+    """Gives this job's shared memory a name of its own; all ranks call it together.
+
+    Raises:
+        RuntimeError: vLLM does not name it where 0.32.0 does.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    shared = getattr(cpu_communicator, "_CPUSHMDistributed", None)
+    if not hasattr(shared, "make_group_name"):
+        raise RuntimeError(
+            "vLLM's _CPUSHMDistributed.make_group_name is gone: the CPU remedy for its shared "
+            "memory cannot be applied"
+        )
+    job = [uuid.uuid4().hex[:12]]
+    torch.distributed.broadcast_object_list(job)
+
+    def make_group_name(communicator) -> str:
+        ranks = "-".join(map(str, communicator.ranks))
+        return f"r1kern-{job[0]}-{communicator.unique_name}-{ranks}"
+
+    shared.make_group_name = staticmethod(make_group_name)
 
 
 def has_mla_kernel(config) -> bool:
