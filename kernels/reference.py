@@ -67,6 +67,8 @@ def grpo_loss(
         log_rho = logp[i][o] - old_logp[i][o].detach()
         if ratio == "sequence":
             log_rho = log_rho.mean().expand(length)
+        elif ratio == "completion":
+            log_rho = log_rho.sum().expand(length)
         rho = log_rho.exp()
         J = torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
         if importance_weights is not None:

@@ -91,7 +91,7 @@ class GRPO(_Section):
     clip_high: float = Field(0.2, gt=0)
     beta: float = Field(0.001, ge=0)  # weight of the KL to the reference model
     normalizer: Literal["sequence", "token", "constant"] = "sequence"
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: Literal["token", "sequence", "completion"] = "token"
     advantage_std: Literal["population", "sample", "none"] = "population"
     updates_per_batch: Positive = 1  # optimizer steps on one batch of rollouts
     importance_cap: float | None = Field(None, gt=0)  # truncated importance sampling, off

@@ -145,8 +145,9 @@ def grpo_loss(
         num_sequences, num_tokens: sequences and completion tokens of the whole global batch
             (default: of this call).  Pass them when a batch is cut into micro-batches or spread
             over ranks: losses, gradients and metrics of the pieces then *add up* to the whole's.
-        ratio: "token", or "sequence": rho_i = exp(mean_t(log pi - log pi_old)) for every token of
-            the sequence (GSPO, arXiv 2507.18071, equation 7).
+        ratio: "token"; "sequence": rho_i = exp(mean_t(log pi - log pi_old)) for every token of the
+            sequence (GSPO, arXiv 2507.18071, equation 7); "completion": the whole completion's
+            pi(o_i|q) / pi_old(o_i|q), equation (1) to the letter.
         importance_weights: [B, S], constants that multiply the policy term (not the KL), such as
             min(pi_old / pi_generator, C) of truncated importance sampling.
         max_tokens: the constant of "constant": the completion token budget.
@@ -161,7 +162,7 @@ def grpo_loss(
         UserError: shapes that disagree, an unknown option, a missing `ref_logp` or `max_tokens`.
     """
     _one_of("normalizer", normalizer, ("sequence", "token", "constant"))
-    _one_of("ratio", ratio, ("token", "sequence"))
+    _one_of("ratio", ratio, ("token", "sequence", "completion"))
     _fits(
         logp,
         advantages,
@@ -198,8 +199,9 @@ def grpo_loss(
     logp = shown(logp)
     A = shown(advantages.detach()[:, None])
     log_rho = logp - shown(old_logp.detach())
-    if ratio == "sequence":
-        log_rho = shown(log_rho.sum(1, keepdim=True) / lengths)
+    if ratio != "token":
+        over = lengths if ratio == "sequence" else 1
+        log_rho = shown(log_rho.sum(1, keepdim=True) / over)
     rho = log_rho.exp()
     term = torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     if importance_weights is not None:

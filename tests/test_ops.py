@@ -145,6 +145,7 @@ OBJECTIVES = {
     "dr_grpo": {"normalizer": "constant", "max_tokens": 32},
     "gspo": {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.1},
     "gspo by token": {"ratio": "sequence", "normalizer": "token", "beta": 0.3},
+    "equation (1) to the letter": {"ratio": "completion", "clip_high": 0.4},
     "kl": {"beta": 0.5, "clip_low": 0.1},
     "share of a batch": {"num_sequences": 64, "num_tokens": 900, "normalizer": "token"},
     "share of sequences": {"num_sequences": 64, "num_tokens": 900},

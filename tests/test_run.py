@@ -30,6 +30,7 @@ def model(tmp_path_factory):
     write_tiny_model(
         folder,
         seed=3,
+        num_hidden_layers=4,
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
