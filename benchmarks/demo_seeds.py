@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def run_demo(folder: Path, seed: int) -> dict[str, float]:
-    """Whole-process minutes, and the peak of the memory of all its processes (shared counted once)."""
+    """Minutes, and the peak of the memory of all its processes (shared pages counted once)."""
     command = [sys.executable, "-m", "r1kern", "demo", "--folder", str(folder), "--seed", str(seed)]
     started, peak = time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as demo:
@@ -107,7 +107,7 @@ def write(rows: list[dict]) -> None:
         f"# The demo ({report['date']}, {report['machine']})",
         "",
         "Written by `demo_seeds.py`. Held-out pass@1: 308 problems, 8 samples each, T 0.6, top-p",
-        "0.95; the interval is 95 % over problems. Seconds are medians of a step (256 completions).",
+        "0.95; the interval is 95 % over problems. Seconds: medians of a step of 256 completions.",
         "",
         "| seed | after cold start | after GRPO | gain | largest mismatch | step s | by phase |",
         "|---|---|---|---|---|---|---|",

@@ -34,11 +34,11 @@ class Run(_Section):
 class Model(_Section):
     """The model in Hugging Face format."""
 
-    path: str  # folder, or hub:owner/name
+    path: str  # folder
     init: Literal["load", "random"] = "load"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_positions: Positive = 4096  # longest prompt plus completion
-    trust_remote_code: bool = False  # for the tokenizer only
+    trust_remote_code: bool = False  # run Python code that comes with tokenizer or model
 
 
 class Parallel(_Section):

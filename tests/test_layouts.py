@@ -18,19 +18,27 @@ from r1kern.types import Sequence
 
 WORKER = TESTS / "workers" / "layouts.py"
 
-# TP,EP,PP,token budget of a micro-batch
-ONE = ["1,1,1,2000", "1,1,1,60"]
-TWO = ["1,1,1,60", "2,1,1,100", "1,2,1,60", "1,1,2,60", "2,2,1,60"]
-FOUR = ["2,2,1,60", "2,2,2,100"]
+# Kind of rope -> processes -> TP,EP,PP,token budget of a micro-batch
+LAYOUTS = {
+    "plain": {
+        1: ["1,1,1,2000", "1,1,1,60"],
+        2: ["1,1,1,60", "2,1,1,100", "1,2,1,60", "1,1,2,60", "2,2,1,60"],
+        4: ["2,2,1,60", "2,2,2,100"],
+    },
+    "yarn": {1: ["1,1,1,2000"], 2: ["2,1,1,100", "1,2,1,60", "1,1,2,60"]},
+}
 
 
-@pytest.fixture(scope="module", params=["plain", "yarn"])
-def truth(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=list(LAYOUTS))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def truth(kind, tmp_path_factory):
     """A random model, transformers' logits of it, and a ragged batch to train on."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = write_tiny_model(
-        folder / "model", seed=1, yarn=request.param == "yarn", num_hidden_layers=4
-    )
+    folder = tmp_path_factory.mktemp(kind)
+    config = write_tiny_model(folder / "model", seed=1, yarn=kind == "yarn", num_hidden_layers=4)
     model = DeepseekV3ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(2)
 
@@ -61,11 +69,11 @@ def truth(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(truth):
-    """Every layout's result; yarn and plain rope run the same layouts."""
+def results(kind, truth):
+    """Every layout's result."""
     torch.serialization.add_safe_globals([Sequence])
     found = {}
-    for processes, layouts in ((1, ONE), (2, TWO), (4, FOUR)):
+    for processes, layouts in LAYOUTS[kind].items():
         out = truth / str(processes)
         out.mkdir()
         torchrun(processes, WORKER, truth / "model", truth / "truth.pt", out, *layouts)

@@ -45,9 +45,6 @@ class SafetensorsReader:
                 ) from error
             self._file_of |= dict.fromkeys(handle.keys(), handle)
 
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
     def __call__(self, name: str, split: int | None, rank: int, size: int) -> torch.Tensor:
         """See `weights.import_weights`.
 

@@ -152,8 +152,7 @@ def import_weights(model: DeepSeekV3, read) -> None:
     rank = mpu.get_tensor_model_parallel_rank()
     size = mpu.get_tensor_model_parallel_world_size()
     for _, tensor, slot in local_tensors(model):
-        parts = tensor.chunk(len(slot.names)) if tensor.dim() else (tensor,)
-        for part, name in zip(parts, slot.names, strict=True):
+        for part, name in zip(tensor.chunk(len(slot.names)), slot.names, strict=True):
             part.copy_(read(name, slot.split, rank, size))
 
 
