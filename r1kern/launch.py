@@ -22,6 +22,7 @@ def launch(arguments: list[str], *, processes: int) -> int:
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's notes on memory binding
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

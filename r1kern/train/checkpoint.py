@@ -90,8 +90,9 @@ class Checkpoints:
             scratch.mkdir(parents=True)
         dist.barrier()
         _keep_results_in_process()
-        torch.save(_random_state(), scratch / f"random_{dist.get_rank()}.pt")
         dist_checkpointing.save(_sharded_state(policy, loading=False), str(scratch))
+        torch.save(_random_state(), scratch / f"random_{dist.get_rank()}.pt")
+        dist.barrier()
         if dist.get_rank() == 0:
             extra = {
                 "version": policy.version,
