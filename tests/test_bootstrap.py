@@ -123,7 +123,7 @@ def test_what_is_outstanding(checkout, bootstrap):
     removed.rmdir()
     assert bootstrap.outstanding() == "everything"
     removed.mkdir()
-    assert bootstrap.outstanding() == ""
+    assert bootstrap.outstanding() == "project"
     lock = bootstrap.LOCK.read_text()
     bootstrap.LOCK.write_text(lock + "added==1.0\n")
     assert bootstrap.outstanding() == "everything"
