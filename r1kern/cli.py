@@ -46,7 +46,8 @@ def run(arguments: list[str]) -> int:
         print(f"r1kern: error{where}: {error}{notes}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"r1kern: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"r1kern: {stop}", file=sys.stderr)
         return 130
     raise AssertionError("typer returned")
 
