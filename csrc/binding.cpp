@@ -1,4 +1,7 @@
 // Python bindings of r1kern._C: conversion only, no logic.
+//
+// Tensors come as addresses (data_ptr()) of contiguous memory with their sizes; `itemsize` is 4
+// (float32) or 8 (float64).  The callers in kernels/ have checked shapes, dtypes and devices.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -6,30 +9,113 @@
 #include <cstdint>
 #include <vector>
 
+#include "head.h"
 #include "packing.h"
+#include "permute.h"
+#include "route.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using Address = std::uintptr_t;
+using Int = std::int64_t;
 // Without py::array::forcecast: an integer array converts, a float array is a TypeError.
-using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
+using Int64Array = py::array_t<Int, py::array::c_style>;
 
-Int64Array pack_ffd(const Int64Array& lengths, std::int64_t budget) {
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Calls `run` with a value of the type that has `itemsize` bytes.
+template <typename Run>
+void with_real(Int itemsize, Run run) {
+  if (itemsize == 4) return run(float());
+  if (itemsize == 8) return run(double());
+  throw py::value_error("itemsize must be 4 or 8, got " + std::to_string(itemsize));
+}
+
+Int64Array pack_ffd(const Int64Array& lengths, Int budget) {
   if (lengths.ndim() != 1) throw py::value_error("lengths must have one dimension");
-  const std::vector<std::int64_t> bins =
+  const std::vector<Int> bins =
       r1kern::pack_ffd(lengths.data(), static_cast<std::size_t>(lengths.size()), budget);
   return Int64Array(static_cast<py::ssize_t>(bins.size()), bins.data());
+}
+
+void logits_stats(Int itemsize, Address z, Int n, Int V, Address columns, Address stats,
+                  int threads) {
+  with_real(itemsize, [&](auto real) {
+    using Real = decltype(real);
+    r1kern::logits_stats(at<const Real>(z), n, V, at<const Int>(columns), at<Real>(stats), threads);
+  });
+}
+
+void dlogits(Int itemsize, Address z, Int V, Address live, Int m, Address columns, Address shift,
+             Address c0, Address c1, Address g, int threads) {
+  with_real(itemsize, [&](auto real) {
+    using Real = decltype(real);
+    r1kern::dlogits(at<Real>(z), V, at<const Int>(live), m, at<const Int>(columns),
+                    at<const Real>(shift), at<const Real>(c0), at<const Real>(c1),
+                    at<const Real>(g), threads);
+  });
+}
+
+void route(Int itemsize, Address logits, Address bias, Int T, Int E, Int groups, Int topk_groups,
+           Int K, Int R, Int align, double scale, bool normalize, Address weights, Address indices,
+           Address counts, Address offsets, Address slots, Address order, Address score_sums,
+           int threads) {
+  const r1kern::RouteShape shape{T, E, groups, topk_groups, K, R, align, scale, normalize};
+  with_real(itemsize, [&](auto real) {
+    using Real = decltype(real);
+    const r1kern::RouteOut<Real> out{at<Real>(weights),       at<Int>(indices),
+                                     at<Int>(counts),         at<Int>(offsets),
+                                     at<std::int32_t>(slots), at<std::int32_t>(order),
+                                     at<Real>(score_sums)};
+    r1kern::route(at<const Real>(logits), at<const Real>(bias), shape, out, threads);
+  });
+}
+
+void permute(Address x, Address slots, Int T, Int K, Int bytes, Address rows, int threads) {
+  r1kern::permute(at<const char>(x), at<const std::int32_t>(slots), T, K, bytes, at<char>(rows),
+                  threads);
+}
+
+void unpermute(Int itemsize, Address rows, Address slots, Address weights, Int T, Int K, Int H,
+               Address y, int threads) {
+  with_real(itemsize, [&](auto real) {
+    using Real = decltype(real);
+    r1kern::unpermute(at<const Real>(rows), at<const std::int32_t>(slots), at<const Real>(weights),
+                      T, K, H, at<Real>(y), threads);
+  });
+}
+
+void unpermute_backward(Int itemsize, Address grad, Address rows, Address slots, Address weights,
+                        Int T, Int K, Int H, Address grad_rows, Address grad_weights,
+                        int threads) {
+  with_real(itemsize, [&](auto real) {
+    using Real = decltype(real);
+    r1kern::unpermute_backward(at<const Real>(grad), at<const Real>(rows),
+                               at<const std::int32_t>(slots), at<const Real>(weights), T, K, H,
+                               at<Real>(grad_rows), at<Real>(grad_weights), threads);
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ parts of r1kern (sources in csrc/).";
+  m.doc() = "C++ parts of r1kern (sources in csrc/, each function described in its header).";
   m.def("pack_ffd", &pack_ffd, py::arg("lengths"), py::arg("budget"),
         "First-fit-decreasing bin packing.\n\n"
         "lengths: integer array [N], tokens of each sequence; budget: tokens that fit a bin.\n"
         "Returns int64 [N], the bin of each sequence, bins numbered from 0 in the order they are\n"
         "opened.  Deterministic: longest first, ties by index.\n"
         "Raises ValueError where budget < 1, or a length is negative or above the budget.");
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("logits_stats", &logits_stats, unlocked, "head.h");
+  m.def("dlogits", &dlogits, unlocked, "head.h");
+  m.def("route", &route, unlocked, "route.h");
+  m.def("permute", &permute, unlocked, "permute.h");
+  m.def("unpermute", &unpermute, unlocked, "permute.h");
+  m.def("unpermute_backward", &unpermute_backward, unlocked, "permute.h");
 }

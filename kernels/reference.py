@@ -48,6 +48,7 @@ def grpo_loss(
     ratio: str = "token",
     importance_weights: Tensor | None = None,
     max_tokens: int | None = None,
+    kl: str = "k3",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-J of DeepSeek-R1's equation (1), with the KL estimator of its equation (2).
 
@@ -75,9 +76,11 @@ def grpo_loss(
             J = J * importance_weights[i][o]
         if ref_logp is not None:
             log_ref = ref_logp[i][o].detach() - logp[i][o]
-            kl = log_ref.exp() - log_ref - 1
-            J = J - beta * kl
-            metrics["kl"] += kl.detach().sum() / num_tokens
+            k = log_ref.square() / 2 if kl == "k2" else log_ref.exp() - log_ref - 1
+            if kl == "k3_unbiased":
+                k = k * (logp[i][o] - old_logp[i][o].detach()).exp()
+            J = J - beta * k
+            metrics["kl"] += k.detach().sum() / num_tokens
         if normalizer == "sequence":
             objective = objective + J.sum() / length / num_sequences
         elif normalizer == "token":
@@ -106,6 +109,62 @@ def linear_logprob(
     return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(1)
 
 
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    sequence_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy_coef: float = 0.0,
+    num_sequences: int | None = None,
+    num_tokens: int | None = None,
+    sampled_logp: Tensor | None = None,
+    importance_cap: float | None = None,
+    **options,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All logits, then `grpo_loss` of one sequence after another.
+
+    Same arguments and results as `r1kern.ops.linear_grpo_loss`, which documents them.
+    """
+    logp, entropy = linear_logprob(hidden, weight, targets, temperature=temperature)
+    old = logp.detach() if old_logp is None else old_logp
+    B, num_tokens = len(advantages), num_tokens or max(len(targets), 1)
+    num_sequences = num_sequences or max(B, 1)
+    weights = None
+    if importance_cap is not None:
+        weights = (old - sampled_logp).exp().clamp(max=importance_cap)
+    loss, metrics = logp.sum() * 0, {}
+    for b in range(B):
+        row = [x if x is None else x[sequence_ids == b][None] for x in (logp, old, ref_logp)]
+        part, counted = grpo_loss(
+            *row,
+            advantages[b : b + 1],
+            torch.ones_like(row[0]),
+            importance_weights=None if weights is None else weights[sequence_ids == b][None],
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            **options,
+        )
+        length = max(int((sequence_ids == b).sum()), 1)
+        over = {
+            "sequence": num_sequences * length,
+            "token": num_tokens,
+            "constant": num_sequences * (options.get("max_tokens") or 0),
+        }[options.get("normalizer", "sequence")]
+        loss = loss + part - entropy_coef * entropy[sequence_ids == b].sum() / over
+        metrics = {name: metrics.get(name, 0) + value for name, value in counted.items()}
+    metrics["entropy"] = entropy.detach().sum() / num_tokens
+    if sampled_logp is not None:
+        gap = (old - sampled_logp).detach().abs()
+        metrics["mismatch"] = gap.sum() / num_tokens
+        metrics["max_mismatch"] = gap.max() if len(gap) else gap.sum()
+    return loss, metrics
+
+
 def route(
     logits: Tensor,
     bias: Tensor,
@@ -115,11 +174,13 @@ def route(
     topk: int,
     scale: float = 1.0,
     normalize: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+    align: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """DeepSeek-V3's router (arXiv 2412.19437, equations 12-16): one token at a time.
 
-    [T, E], [E] -> indices [T, K], weights [T, K], counts [E].  The bias selects and never weighs
-    (equation 16).  Of equal candidates the lowest index wins.
+    [T, E], [E] -> indices [T, K], weights [T, K], counts [E] and the layout sorted by expert, as
+    `r1kern.ops.Routing` documents them.  The bias selects and never weighs (equation 16).  Of equal
+    candidates the lowest index wins.
     """
     T, E = logits.shape
     size = E // num_groups
@@ -134,4 +195,35 @@ def route(
     weights = scores.gather(1, indices)
     if normalize:  # equation 13
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return indices, weights * scale, torch.bincount(indices.flatten(), minlength=E)
+    counts = torch.bincount(indices.flatten(), minlength=E)
+    shares = scores / scores.sum(1, keepdim=True)  # equation 20
+    return indices, weights * scale, counts, *layout(indices, E, align), shares.sum(0)
+
+
+def layout(indices: Tensor, E: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts of each token [T, K] -> offsets [E + 1], slots [T, K], order [R] of `ops.Routing`."""
+    T, K = indices.shape
+    offsets, slots = torch.zeros(E + 1, dtype=torch.int64), torch.empty(T, K, dtype=torch.int32)
+    order = torch.full(((T * K + E * (align - 1)) // align * align,), -1, dtype=torch.int32)
+    for e in range(E):
+        row = int(offsets[e])
+        for t, k in (indices == e).nonzero().tolist():
+            slots[t, k], order[row] = row, t * K + k
+            row += 1
+        offsets[e + 1] = -(-row // align) * align
+    return offsets, slots, order
+
+
+def permute(x: Tensor, order: Tensor, K: int) -> Tensor:
+    """Row r is x[order[r] // K], or 0 where order[r] is -1.  [T, H], [R] -> [R, H]."""
+    rows = x.new_zeros(len(order), x.shape[1])
+    for r, choice in enumerate(order.tolist()):
+        if choice >= 0:
+            rows[r] = x[choice // K]
+    return rows
+
+
+def unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sum_k weights[t, k] rows[slots[t, k]], in float32 at least.  [R, H], [T, K] -> [T, H]."""
+    x = rows.to(torch.promote_types(rows.dtype, torch.float32))[slots.long()]
+    return (x if weights is None else x * weights[..., None]).sum(1).to(rows.dtype)

@@ -1,0 +1,26 @@
+"""The public fused ops: plain tensors in, plain tensors out.
+
+`torch.library` dispatches them by device: each custom op (in `r1kern.kernels`) has a CPU kernel
+(C++ between torch's matrix products), a CUDA kernel (Triton), a fake kernel (FakeTensor,
+torch.compile, dry runs) and an autograd formula.  `r1kern.kernels.reference` says the same things
+naively and is the truth they are tested against.
+
+Every function raises `UserError` (a `ValueError`) of one line for arguments that do not fit.
+"""
+
+from r1kern.ops.head import linear_grpo_loss, linear_gspo_loss, linear_logprob
+from r1kern.ops.loss import group_advantage, grpo_loss, zero_variance
+from r1kern.ops.routing import Routing, permute, route, unpermute
+
+__all__ = [
+    "Routing",
+    "group_advantage",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_gspo_loss",
+    "linear_logprob",
+    "permute",
+    "route",
+    "unpermute",
+    "zero_variance",
+]
