@@ -90,6 +90,8 @@ class GRPO(_Section):
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
     beta: float = Field(0.001, ge=0)  # weight of the KL to the reference model
+    kl: Literal["k3", "k3_unbiased", "k2"] = "k3"
+    entropy_coef: float = 0.0  # weight of the entropy, added to the objective
     normalizer: Literal["sequence", "token", "constant"] = "sequence"
     ratio: Literal["token", "sequence", "completion"] = "token"
     advantage_std: Literal["population", "sample", "none"] = "population"
@@ -162,6 +164,8 @@ class TrainConfig(_Section):
                 )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature = 0 leaves nothing to learn from: use 1.0")
+        if self.grpo.entropy_coef and self.grpo.ratio != "token":
+            raise ValueError('grpo.entropy_coef needs grpo.ratio = "token"')
         if self.rollout.prompts_per_step % self.grpo.updates_per_batch:
             raise ValueError(
                 f"grpo.updates_per_batch = {self.grpo.updates_per_batch} does not divide "

@@ -130,6 +130,15 @@ class PackedBatch:
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
 
+    @property
+    def sequence_ids(self) -> torch.Tensor:
+        """int64 [N], the sequence of each completion token."""
+        return self.place // max(1, self.mask.shape[1])
+
+    def flat(self, grid: torch.Tensor | None) -> torch.Tensor | None:
+        """[B, S] values -> [N] of the completion tokens; None stays None."""
+        return None if grid is None else grid.flatten().index_select(0, self.place)
+
     def grid(self, values: torch.Tensor) -> torch.Tensor:
         """[N] values of completion tokens -> [B, S], 0 under the mask; differentiable."""
         flat = values.new_zeros(self.mask.numel())

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -36,7 +36,7 @@ from r1kern.model.attention import (
     MLASelfAttention,
     RMSNorm,
 )
-from r1kern.model.moe import GroupedLinear, Router
+from r1kern.model.moe import GroupedLinear, MoELayer, Router
 
 
 class DeepSeekV3(GPTModel):
@@ -44,8 +44,8 @@ class DeepSeekV3(GPTModel):
 
     `forward(tokens, positions, None, packed_seq_params=packing)` takes int64 [b, s] (packed:
     [1, T]) and ends at the last hidden states [s * b, H], row s * b + b', all rows on every
-    tensor-parallel rank; earlier stages return what the next one takes.  Log-probabilities come
-    from `ops.linear_logprob` on them and `head_weight`, so that logits never exist whole.
+    tensor-parallel rank; earlier stages return what the next one takes.  Log-probabilities and
+    losses come from the ops of `ops.head` on them and `head_weight`: logits never exist whole.
     """
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -12,6 +14,16 @@ from megatron.core.transformer.utils import (
 )
 
 from r1kern import ops
+from r1kern.model.dispatch import Dispatcher
+
+
+class MoELayer(moe_layer.MoELayer):
+    """Megatron's layer with our dispatcher, which its configuration offers no place for."""
+
+    def __init__(self, config, submodules=None, layer_number=None, pg_collection=None):
+        super().__init__(config, submodules, layer_number, pg_collection)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.token_dispatcher = Dispatcher(self.num_local_experts, config, groups)
 
 
 class Router(TopKRouter):
@@ -26,21 +38,19 @@ class Router(TopKRouter):
         return F.linear(input.float(), self.weight.float())
 
     def routing(self, logits, padding_mask=None):
-        """Float32 logits [s, b, E] -> weights [T, E] (0 where not chosen), chosen bool [T, E]."""
+        """Float32 logits [s, b, E] -> weights [T, K] and the `ops.Routing` they are part of."""
         c = self.config
-        logits = logits.flatten(0, -2)
         routing = ops.route(
-            logits,
+            logits.flatten(0, -2),
             self.expert_bias,
             num_groups=c.moe_router_num_groups,
             topk_groups=c.moe_router_group_topk,
             topk=c.moe_router_topk,
             scale=c.moe_router_topk_scaling_factor,
         )
-        weights = torch.zeros_like(logits).scatter(1, routing.indices, routing.weights)
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, routing.indices, True)
-        self._apply_expert_bias(chosen)
-        return weights, chosen
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            self.local_tokens_per_expert += routing.counts
+        return routing.weights, routing
 
 
 class GroupedLinear(torch.nn.Module):

@@ -10,9 +10,10 @@ Every function raises `UserError` (a `ValueError`) of one line for arguments tha
 
 from r1kern.ops.head import linear_grpo_loss, linear_gspo_loss, linear_logprob
 from r1kern.ops.loss import group_advantage, grpo_loss, zero_variance
-from r1kern.ops.routing import Routing, permute, route, unpermute
+from r1kern.ops.routing import Permutation, Routing, permute, route, unpermute
 
 __all__ = [
+    "Permutation",
     "Routing",
     "group_advantage",
     "grpo_loss",

@@ -40,6 +40,18 @@ class Routing(NamedTuple):
     score_sums: Tensor
 
 
+class Permutation(NamedTuple):
+    """A layout of its own making for `permute` and `unpermute`: the two fields they read.
+
+    Attributes:
+        slots: int32 [T, K], rows each token goes to.
+        order: int32 [R], the choice t * K + k of each row, -1 on rows that no slot names.
+    """
+
+    slots: Tensor
+    order: Tensor
+
+
 def route(
     logits: Tensor,
     bias: Tensor,
@@ -93,7 +105,7 @@ def route(
     return Routing(indices, weights, *rest)
 
 
-def permute(x: Tensor, routing: Routing) -> Tensor:
+def permute(x: Tensor, routing: Routing | Permutation) -> Tensor:
     """Each token's row once for each of its experts, sorted by expert; padding rows are 0.
 
     Args:
@@ -112,7 +124,9 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     return _permute(x, routing.slots, len(routing.order))
 
 
-def unpermute(rows: Tensor, routing: Routing, weights: Tensor | None = None) -> Tensor:
+def unpermute(
+    rows: Tensor, routing: Routing | Permutation, weights: Tensor | None = None
+) -> Tensor:
     """The rows of each token's experts summed, in float32: the reverse of `permute`.
 
     Args:

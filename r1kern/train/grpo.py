@@ -30,7 +30,7 @@ from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
 from r1kern.train.packing import pack
-from r1kern.train.policy import Loss, Policy
+from r1kern.train.policy import Head, Loss, Policy
 from r1kern.types import PackedBatch, Rollout, Sequence
 
 
@@ -160,9 +160,9 @@ class GRPO:
         options = self.config.grpo
         sequences = to_sequences(rollouts, options)
         denominators = counts(sequences)
-        if options.beta == 0:
-            # Without a KL term a sequence without advantage has a gradient of exactly zero; the
-            # denominators count it all the same.
+        if options.beta == 0 and options.entropy_coef == 0:
+            # Without KL and entropy terms a sequence without advantage has a gradient of exactly
+            # zero; the denominators count it all the same.
             sequences = [s for s in sequences if s.advantage]
         batches = pack(
             sequences,
@@ -277,8 +277,7 @@ def split(rollouts: list[Rollout], parts: int) -> list[list[Rollout]]:
 
 
 def grpo_step_loss(
-    logps: torch.Tensor,
-    entropies: torch.Tensor,
+    head: Head,
     batch: PackedBatch,
     *,
     options: Options,
@@ -286,42 +285,40 @@ def grpo_step_loss(
     trained_tokens: int,
     max_tokens: int,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`ops.grpo_loss` on a packed micro-batch, with the mismatch metrics beside it.
+    """The fused head and loss on a packed micro-batch, with the mismatch metrics.
 
     Args:
-        logps, entropies: [N] of the completion tokens, `logps` with gradient.
         denominators: `counts` of the global batch.
         trained_tokens: completion tokens of the sequences that were packed, over which the metrics
             are means.
         max_tokens: completion budget, the constant of `normalizer="constant"`.
     """
-    logp = batch.grid(logps)
-    old = logp.detach() if batch.old_logps is None else batch.old_logps
-    gap = (old - batch.sampled_logps) * batch.mask
-    weights = None
-    if options.importance_cap is not None:
-        weights = gap.exp().clamp(max=options.importance_cap)
-    loss, metrics = ops.grpo_loss(
-        logp,
-        old,
-        batch.ref_logps,
+    by_token = options.ratio == "token"
+    fused = ops.linear_grpo_loss if by_token else ops.linear_gspo_loss
+    own = {"entropy_coef": options.entropy_coef} if by_token else {"ratio": options.ratio}
+    loss, metrics = fused(
+        head.hidden,
+        head.weight,
+        head.targets,
+        batch.flat(batch.old_logps),
+        batch.flat(batch.ref_logps),
         batch.advantages,
-        batch.mask,
+        batch.sequence_ids,
+        sampled_logp=batch.flat(batch.sampled_logps),
+        importance_cap=options.importance_cap,
         clip_low=options.clip_low,
         clip_high=options.clip_high,
         beta=options.beta,
+        kl=options.kl,
         normalizer=options.normalizer,
-        ratio=options.ratio,
-        importance_weights=weights,
         max_tokens=max_tokens,
+        **own,
+        **head.options,
         **denominators,
     )
-    tokens = max(1, trained_tokens)
-    metrics = {k: v * (denominators["num_tokens"] / tokens) for k, v in metrics.items()}
-    metrics["entropy"] = entropies.detach().sum() / tokens
-    metrics["mismatch"] = gap.abs().sum() / tokens
-    metrics["max_mismatch"] = gap.abs().max() if gap.numel() else gap.sum()
-    return loss, metrics
+    scale = denominators["num_tokens"] / max(1, trained_tokens)
+    means = {k: v * scale for k, v in metrics.items() if not k.startswith("max_")}
+    return loss, metrics | means
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:

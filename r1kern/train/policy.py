@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,8 +31,29 @@ from r1kern.model.weights import export_weights, import_weights, local_tensors
 from r1kern.train import adam
 from r1kern.types import PackedBatch
 
-# (log-probs [N], entropies [N], batch) -> (loss, metrics)
-Loss = Callable[[torch.Tensor, torch.Tensor, PackedBatch], tuple[torch.Tensor, dict]]
+
+@dataclass(frozen=True)
+class Head:
+    """What the head's ops take: everything between the last hidden states and a log-prob.
+
+    Attributes:
+        hidden: [N, H], rows that predict the N completion tokens of a micro-batch.
+        weight: [V / tp, H], this rank's rows of the language-model head.
+        targets: int64 [N].
+        options: temperature and tp_group.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    options: dict
+
+    def logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [N]."""
+        return ops.linear_logprob(self.hidden, self.weight, self.targets, **self.options)
+
+
+Loss = Callable[[Head, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class Policy:
@@ -128,7 +150,7 @@ class Policy:
         """
 
         def score(batch, hidden, non_loss_data):
-            logp, _ = self._score(hidden, batch, temperature)
+            logp, _ = self._head(hidden, batch, temperature).logprobs()
             return batch.grid(logp)
 
         grids = self._run(batches, score, forward_only=True, collect_non_loss_data=True)
@@ -172,7 +194,7 @@ class Policy:
         self.optimizer.zero_grad()
 
         def step(batch, hidden):
-            value, metrics = loss(*self._score(hidden, batch, temperature), batch)
+            value, metrics = loss(self._head(hidden, batch, temperature), batch)
             metrics = {k: v.detach() for k, v in {"loss": value, **metrics}.items()}
             return value, torch.zeros([], dtype=torch.int), metrics
 
@@ -191,14 +213,13 @@ class Policy:
         self.version += 1
         return metrics | {"grad_norm": float(grad_norm)}
 
-    def _score(self, hidden, batch: PackedBatch, temperature: float):
-        """Hidden states [T, H] -> log-probs and entropies [N] of the completion tokens."""
-        return ops.linear_logprob(
+    def _head(self, hidden, batch: PackedBatch, temperature: float) -> Head:
+        group = mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None
+        return Head(
             hidden.index_select(0, batch.rows),
             self.model.head_weight,
             batch.targets,
-            temperature=temperature,
-            tp_group=mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None,
+            {"temperature": temperature, "tp_group": group},
         )
 
     def _run(self, batches: list[PackedBatch], step, **schedule) -> list:

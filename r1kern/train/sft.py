@@ -13,7 +13,7 @@ from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
 from r1kern.report.ledger import Ledger
 from r1kern.train.packing import pack
-from r1kern.train.policy import Policy
+from r1kern.train.policy import Head, Policy
 from r1kern.types import PackedBatch
 
 
@@ -66,12 +66,8 @@ class SFT:
 
 
 def sft_loss(
-    logps: torch.Tensor, entropies: torch.Tensor, batch: PackedBatch, *, num_tokens: int
+    head: Head, batch: PackedBatch, *, num_tokens: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Negative log-likelihood of the completion tokens over the global count.
-
-    Args:
-        logps, entropies: [N].
-        num_tokens: completion tokens of the global batch.
-    """
+    """Negative log-likelihood of the completion tokens over the global count, `num_tokens`."""
+    logps, entropies = head.logprobs()
     return -logps.sum() / num_tokens, {"entropy": entropies.detach().sum() / num_tokens}

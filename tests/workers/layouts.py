@@ -57,7 +57,8 @@ def run(world, model: str, truth: dict, budget: int) -> dict:
     )
     result["microbatches"] = len(batches)
     result["logps"] = sum_of(policy.logprobs(batches))
-    result["updates"] = [policy.update(batches, weighted_nll(truth["tokens"])) for _ in range(3)]
+    losses = weighted_nll(truth), fused_grpo(truth), fused_grpo(truth)
+    result["updates"] = [policy.update(batches, loss) for loss in losses]
     result["weights"] = {name: tensor.clone() for name, tensor in policy.export()}
     return result
 
@@ -71,13 +72,40 @@ def sum_of(grids: list[torch.Tensor]) -> float:
     return total.item()
 
 
-def weighted_nll(tokens: int):
+def weighted_nll(truth: dict):
     """A loss in which every token weighs something else, so that no error cancels."""
+    tokens = truth["tokens"]
 
-    def loss(logps, entropies, batch):
+    def loss(head, batch):
+        logps, entropies = head.logprobs()
         weight = 0.5 + (batch.targets % 7) / 7
         value = -(weight * logps).sum() / tokens - 0.1 * entropies.sum() / tokens
         return value, {"entropy": entropies.sum() / tokens, "max_logp": logps.max()}
+
+    return loss
+
+
+def fused_grpo(truth: dict):
+    """The loss of the GRPO loop, advantages by length, with KL and entropy terms."""
+    from r1kern import ops
+
+    def loss(head, batch):
+        value, metrics = ops.linear_grpo_loss(
+            head.hidden,
+            head.weight,
+            batch.targets,
+            None,
+            batch.flat(-2 - batch.mask),
+            (batch.mask.sum(1) * 7) % 5 + 0.3,
+            batch.sequence_ids,
+            sampled_logp=batch.flat(0 * batch.mask),
+            beta=0.1,
+            entropy_coef=0.1,
+            num_sequences=len(truth["sequences"]),
+            num_tokens=truth["tokens"],
+            **head.options,
+        )
+        return value, {"entropy": metrics["entropy"], "max_logp": metrics["max_mismatch"]}
 
     return loss
 
