@@ -76,8 +76,8 @@ void route(Int itemsize, Address logits, Address bias, Int T, Int E, Int groups,
   });
 }
 
-void permute(Address x, Address slots, Int T, Int K, Int bytes, Address rows, int threads) {
-  r1kern::permute(at<const char>(x), at<const std::int32_t>(slots), T, K, bytes, at<char>(rows),
+void permute(Address x, Address order, Int R, Int K, Int bytes, Address rows, int threads) {
+  r1kern::permute(at<const char>(x), at<const std::int32_t>(order), R, K, bytes, at<char>(rows),
                   threads);
 }
 

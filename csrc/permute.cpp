@@ -38,12 +38,15 @@ double dot(const double* x, const double* y, std::int64_t n) {
 
 }  // namespace
 
-void permute(const char* x, const std::int32_t* slots, std::int64_t T, std::int64_t K,
+void permute(const char* x, const std::int32_t* order, std::int64_t R, std::int64_t K,
              std::int64_t bytes, char* rows, int threads) {
+  // In the order of the rows: fresh memory is cheapest when it is written from end to end.
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::int64_t t = 0; t < T; ++t) {
-    for (std::int64_t k = 0; k < K; ++k) {
-      std::memcpy(rows + slots[t * K + k] * bytes, x + t * bytes, bytes);
+  for (std::int64_t r = 0; r < R; ++r) {
+    if (order[r] < 0) {
+      std::memset(rows + r * bytes, 0, bytes);
+    } else {
+      std::memcpy(rows + r * bytes, x + order[r] / K * bytes, bytes);
     }
   }
 }

@@ -3,12 +3,12 @@
 #include <cstdint>
 
 // Rows of tokens to and from the layout sorted by expert.  Shapes: T tokens of H elements, K choices
-// each, R rows; slots [T, K] is the row of each choice.
+// each, R rows; slots [T, K] is the row of each choice, order [R] the choice t K + k of each row.
 
 namespace r1kern {
 
-// rows[slots[t, k]] = x[t]; each row has `bytes` bytes.  Rows that no slot names are not written.
-void permute(const char* x, const std::int32_t* slots, std::int64_t T, std::int64_t K,
+// rows[r] = x[order[r] / K], or 0 where order[r] is negative; each row has `bytes` bytes.
+void permute(const char* x, const std::int32_t* order, std::int64_t R, std::int64_t K,
              std::int64_t bytes, char* rows, int threads);
 
 // y[t] = sum_k weights[t, k] rows[slots[t, k]]; weights may be null (all 1).

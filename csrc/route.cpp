@@ -50,37 +50,118 @@ void add_shares(const double* score, double over, std::int64_t E, double* sums) 
   for (std::int64_t e = 0; e < E; ++e) sums[e] += score[e] * over;
 }
 
-// The greatest `size` values offered, greatest first; of equal ones the first offered comes first.
+// The greatest value of x, NaN left out (-infinity if there is no other).
 template <typename Real>
-struct Best {
-  Best(Real* values, std::int64_t* indices, std::int64_t size)
-      : values(values), indices(indices), size(size) {}
+R1KERN_INLINE Real greatest(const Real* x, std::int32_t n) {
+  Real top = -std::numeric_limits<Real>::infinity();
+#pragma omp simd reduction(max : top)
+  for (std::int32_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
 
-  void offer(Real value, std::int64_t index) {
-    if (filled == size && !(value > values[size - 1])) return;
-    std::int64_t i = filled < size ? filled++ : size - 1;
-    for (; i > 0 && value > values[i - 1]; --i) {
-      values[i] = values[i - 1];
-      indices[i] = indices[i - 1];
+// Where x first equals `value`; n if nowhere.
+template <typename Real>
+R1KERN_INLINE std::int32_t first_of(const Real* x, std::int32_t n, Real value) {
+  std::int32_t first = n;
+#pragma omp simd reduction(min : first)
+  for (std::int32_t i = 0; i < n; ++i) {
+    const std::int32_t here = x[i] == value ? i : n;
+    first = here < first ? here : first;
+  }
+  return first;
+}
+
+// The best two values of each of kLanes interleaved parts of what was added.
+template <typename Real>
+struct BestTwo {
+  static constexpr std::int32_t kLanes = 16;
+  Real high[kLanes], low[kLanes];
+
+  R1KERN_INLINE BestTwo() {
+    for (std::int32_t j = 0; j < kLanes; ++j) {
+      high[j] = low[j] = -std::numeric_limits<Real>::infinity();
     }
-    values[i] = value;
-    indices[i] = index;
   }
 
-  Real* values;
-  std::int64_t* indices;
-  std::int64_t size, filled = 0;
+  R1KERN_INLINE void add(std::int32_t j, Real x) {
+    const Real smaller = x > high[j] ? high[j] : x;
+    high[j] = x > high[j] ? x : high[j];
+    low[j] = smaller > low[j] ? smaller : low[j];
+  }
+
+  R1KERN_INLINE Real sum(const Real* x, std::int32_t n) {
+    std::int32_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+      for (std::int32_t j = 0; j < kLanes; ++j) add(j, x[i + j]);
+    }
+    for (std::int32_t j = 0; i + j < n; ++j) add(j, x[i + j]);
+    // The lower half of the lanes takes the upper half in, until one lane has all.
+    for (std::int32_t half = kLanes / 2; half > 0; half /= 2) {
+      for (std::int32_t j = 0; j < half; ++j) {
+        low[j] = low[j + half] > low[j] ? low[j + half] : low[j];
+        add(j, high[j + half]);
+      }
+    }
+    return high[0] + low[0];
+  }
 };
 
+// The `topk_groups` best groups, in ascending order, into `chosen`.
 template <typename Real>
-Real best_two(const Real* x, std::int64_t size) {
-  if (size == 1) return x[0];
-  Real first = std::max(x[0], x[1]), second = std::min(x[0], x[1]);
-  for (std::int64_t i = 2; i < size; ++i) {
-    second = std::max(second, std::min(first, x[i]));
-    first = std::max(first, x[i]);
+R1KERN_INLINE void choose_groups(const Real* choice, const RouteShape& shape, Real* score,
+                                 std::int64_t* chosen) {
+  const std::int64_t size = shape.E / shape.groups, kept = shape.topk_groups;
+  for (std::int64_t g = 0; g < shape.groups && kept < shape.groups; ++g) {
+    score[g] = BestTwo<Real>().sum(choice + g * size, static_cast<std::int32_t>(size));
   }
-  return first + second;
+  std::int64_t filled = 0;
+  for (std::int64_t g = 0; g < shape.groups; ++g) {
+    // Groups that beat this one: greater, or equal and before it.
+    std::int64_t better = 0;
+    for (std::int64_t o = 0; o < shape.groups && kept < shape.groups; ++o) {
+      better += score[o] > score[g] || (score[o] == score[g] && o < g);
+    }
+    if (better < kept) chosen[filled++] = g;
+  }
+}
+
+// The K best experts of the chosen groups, best first.  Takes them out of `choice` (as NaN).
+template <typename Real>
+R1KERN_INLINE void choose_experts(Real* choice, const RouteShape& shape,
+                                  const std::int64_t* chosen, Real* top, std::int64_t* indices) {
+  constexpr Real taken = std::numeric_limits<Real>::quiet_NaN();
+  const auto size = static_cast<std::int32_t>(shape.E / shape.groups);
+  const std::int64_t kept = shape.topk_groups;
+  for (std::int64_t i = 0; i < kept; ++i) top[i] = greatest(choice + chosen[i] * size, size);
+  for (std::int64_t k = 0; k < shape.K; ++k) {
+    std::int64_t best = 0;
+    for (std::int64_t i = 1; i < kept; ++i) {
+      if (top[i] > top[best] || top[best] != top[best]) best = i;
+    }
+    Real* group = choice + chosen[best] * size;
+    const std::int32_t e = first_of(group, size, top[best]);
+    indices[k] = chosen[best] * size + e;
+    group[e] = taken;
+    top[best] = greatest(group, size);
+    // An emptied group is no candidate any more; -infinity may still be a value of it.
+    if (top[best] == -std::numeric_limits<Real>::infinity() &&
+        std::all_of(group, group + size, [](Real x) { return x != x; })) {
+      top[best] = taken;
+    }
+  }
+}
+
+R1KERN_CLONES void choose_of(float* choice, const RouteShape& shape, float* score,
+                             std::int64_t* chosen, std::int64_t* indices) {
+  choose_groups(choice, shape, score, chosen);
+  choose_experts(choice, shape, chosen, score, indices);
+}
+
+void choose_of(double* choice, const RouteShape& shape, double* score, std::int64_t* chosen,
+               std::int64_t* indices) {
+  choose_groups(choice, shape, score, chosen);
+  choose_experts(choice, shape, chosen, score, indices);
 }
 
 // Routes single tokens; holds the buffers of one thread.
@@ -91,15 +172,15 @@ class Selector {
       : shape_(shape),
         score_(shape.E),
         choice_(shape.E),
-        best_(std::max(shape.K, shape.topk_groups)),
-        groups_(shape.topk_groups) {}
+        group_score_(shape.groups),
+        chosen_(shape.topk_groups) {}
 
   void select(const Real* logits, const Real* bias, Real* weights, std::int64_t* indices,
               double* shares) {
     Real total;
     sigmoid_of(logits, bias, shape_.E, score_.data(), choice_.data(), &total);
     add_shares(score_.data(), 1 / total, shape_.E, shares);
-    choose(indices);
+    choose_of(choice_.data(), shape_, group_score_.data(), chosen_.data(), indices);
 
     Real sum = Real(1e-20);
     for (std::int64_t k = 0; k < shape_.K; ++k) sum += weights[k] = score_[indices[k]];
@@ -108,25 +189,9 @@ class Selector {
   }
 
  private:
-  void choose(std::int64_t* indices) {
-    const std::int64_t size = shape_.E / shape_.groups;
-    Best<Real> groups(best_.data(), groups_.data(), shape_.topk_groups);
-    for (std::int64_t g = 0; g < shape_.groups; ++g) {
-      // All groups stay: which is best does not matter.
-      groups.offer(shape_.topk_groups == shape_.groups ? Real(0)
-                                                       : best_two(&choice_[g * size], size),
-                   g);
-    }
-    std::sort(groups_.begin(), groups_.end());
-    Best<Real> experts(best_.data(), indices, shape_.K);
-    for (const std::int64_t g : groups_) {
-      for (std::int64_t e = g * size; e < (g + 1) * size; ++e) experts.offer(choice_[e], e);
-    }
-  }
-
   const RouteShape& shape_;
-  std::vector<Real> score_, choice_, best_;
-  std::vector<std::int64_t> groups_;
+  std::vector<Real> score_, choice_, group_score_;
+  std::vector<std::int64_t> chosen_;
 };
 
 // Turns counts by block into each block's first slot of every expert, and fills counts and offsets.

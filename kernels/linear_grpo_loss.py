@@ -139,8 +139,7 @@ def _setup(ctx, inputs, output) -> None:
 def _gradient(ctx, grad_loss, *_):
     grad_hidden, grad_weight = ctx.saved_tensors
     assert grad_hidden.dim() == 2, "called with_gradients=False"
-    scale = grad_loss.to(grad_hidden.dtype)
-    return grad_hidden * scale, grad_weight * scale, *[None] * 15
+    return *(grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight)), *[None] * 15
 
 
 linear_grpo_loss.register_autograd(_gradient, setup_context=_setup)

@@ -14,33 +14,32 @@ from r1kern import _C
 
 
 @torch.library.custom_op("r1kern::permute", mutates_args=(), device_types="cpu")
-def permute(x: Tensor, slots: Tensor, R: int) -> Tensor:
-    """rows[slots[t, k]] = x[t]; [T, H], int32 [T, K] -> [R, H], 0 where no slot leads."""
-    (T, H), K = x.shape, slots.shape[1]
-    x, slots = x.contiguous(), slots.contiguous()
-    rows = x.new_empty(R, H) if R == T * K else x.new_zeros(R, H)
-    row_bytes = H * x.itemsize
+def permute(x: Tensor, slots: Tensor, order: Tensor) -> Tensor:
+    """rows[slots[t, k]] = x[t]; [T, H], int32 [T, K], [R] -> [R, H], 0 where no slot leads."""
+    x, order = x.contiguous(), order.contiguous()
+    rows = x.new_empty(len(order), x.shape[1])
+    row_bytes = x.shape[1] * x.itemsize
     _C.permute(
-        *(x.data_ptr(), slots.data_ptr(), T, K, row_bytes, rows.data_ptr()),
+        *(x.data_ptr(), order.data_ptr(), len(order), slots.shape[1], row_bytes, rows.data_ptr()),
         torch.get_num_threads(),
     )
     return rows
 
 
 @permute.register_kernel("cuda")
-def _(x, slots, R):
+def _(x, slots, order):
     from r1kern.kernels import permute_triton
 
-    return permute_triton.permute(x, slots, R)
+    return permute_triton.permute(x, slots, len(order))
 
 
 @permute.register_fake
-def _(x, slots, R):
-    return x.new_empty(R, x.shape[1])
+def _(x, slots, order):
+    return x.new_empty(len(order), x.shape[1])
 
 
 @torch.library.custom_op("r1kern::unpermute", mutates_args=(), device_types="cpu")
-def unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
+def unpermute(rows: Tensor, slots: Tensor, order: Tensor, weights: Tensor | None) -> Tensor:
     """y[t] = sum_k weights[t, k] rows[slots[t, k]] (weights 1 if None), summed in float32."""
     H, (T, K) = rows.shape[1], slots.shape
     real = torch.promote_types(rows.dtype, torch.float32)
@@ -55,14 +54,14 @@ def unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
 
 
 @unpermute.register_kernel("cuda")
-def _(rows, slots, weights):
+def _(rows, slots, order, weights):
     from r1kern.kernels import permute_triton
 
     return permute_triton.unpermute(rows, slots, weights)
 
 
 @unpermute.register_fake
-def _(rows, slots, weights):
+def _(rows, slots, order, weights):
     return rows.new_empty(len(slots), rows.shape[1])
 
 
@@ -101,8 +100,8 @@ def _(grad, rows, slots, weights):
 
 
 def _permute_setup(ctx, inputs, output) -> None:
-    _, slots, _ = inputs
-    ctx.save_for_backward(slots)
+    _, *layout = inputs
+    ctx.save_for_backward(*layout)
 
 
 def _permute_gradient(ctx, grad_rows):
@@ -110,17 +109,17 @@ def _permute_gradient(ctx, grad_rows):
 
 
 def _unpermute_setup(ctx, inputs, output) -> None:
-    rows, slots, weights = inputs
-    ctx.R = len(rows)
-    ctx.save_for_backward(*((slots,) if weights is None else (slots, rows, weights)))
+    rows, slots, order, weights = inputs
+    ctx.save_for_backward(slots, *((order,) if weights is None else (rows, weights)))
 
 
 def _unpermute_gradient(ctx, grad):
     slots, *rest = ctx.saved_tensors
-    if not rest:
-        return permute(grad, slots, ctx.R), None, None
-    grad_rows, grad_weights = unpermute_backward(grad, rest[0], slots, rest[1])
-    return grad_rows, None, grad_weights
+    if len(rest) == 1:
+        return permute(grad, slots, *rest), None, None, None
+    rows, weights = rest
+    grad_rows, grad_weights = unpermute_backward(grad, rows, slots, weights)
+    return grad_rows, None, None, grad_weights
 
 
 permute.register_autograd(_permute_gradient, setup_context=_permute_setup)

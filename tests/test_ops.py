@@ -47,9 +47,11 @@ def test_opcheck_of_routing(dtype):
         opcheck(router.route_backward, (logits, indices, *gradients, 1.5, True))
     slots = torch.randperm(12, dtype=torch.int32).view(6, 2)
     x, rows = torch.rand(6, 5).to(dtype), torch.rand(14, 5).to(dtype)
-    opcheck(permute.permute, (x.requires_grad_(), slots, 14))
-    opcheck(permute.unpermute, (rows.requires_grad_(), slots, None))
-    opcheck(permute.unpermute, (rows, slots, w.clone().requires_grad_()))
+    order = torch.full((14,), -1, dtype=torch.int32)
+    order[slots.flatten().long()] = torch.arange(12, dtype=torch.int32)
+    opcheck(permute.permute, (x.requires_grad_(), slots, order))
+    opcheck(permute.unpermute, (rows.requires_grad_(), slots, order, None))
+    opcheck(permute.unpermute, (rows, slots, order, w.clone().requires_grad_()))
     opcheck(permute.unpermute_backward, (x.detach(), rows.detach(), slots, w))
 
 

@@ -215,7 +215,7 @@ def _build(arguments: dict, device: str):
     vllm.envs.disable_envs_cache()
     if device == "cpu":
         vllm_cpu.check_version(vllm.__version__)
-        vllm_cpu.name_shared_memory()
+        shared_memory = vllm_cpu.name_shared_memory()
         arguments = arguments | vllm_cpu.engine_arguments()
     llm = vllm.LLM(**arguments)
     # vLLM 0.32's own finalizer would destroy the trainer's process groups with the engine
@@ -223,6 +223,7 @@ def _build(arguments: dict, device: str):
     if finalizer is not None:
         finalizer.detach()
     if device == "cpu":
+        vllm_cpu.unlink_shared_memory(shared_memory)
         llm.apply_model(vllm_cpu.check_rope)
     return vllm, llm
 

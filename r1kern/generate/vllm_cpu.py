@@ -17,6 +17,7 @@ for every job, so that a second job, or one after a job that was killed, cannot 
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 
 import torch
 
@@ -41,8 +42,11 @@ def engine_arguments() -> dict:
     }
 
 
-def name_shared_memory() -> None:
+def name_shared_memory() -> str:
     """Gives this job's shared memory a name of its own; all ranks call it together.
+
+    Returns:
+        How the names begin, for `unlink_shared_memory` once the engine is built.
 
     Raises:
         RuntimeError: vLLM does not name it where 0.32.0 does.
@@ -55,14 +59,26 @@ def name_shared_memory() -> None:
             "vLLM's _CPUSHMDistributed.make_group_name is gone: the CPU remedy for its shared "
             "memory cannot be applied"
         )
-    job = [uuid.uuid4().hex[:12]]
+    job = [f"r1kern-{uuid.uuid4().hex[:12]}"]
     torch.distributed.broadcast_object_list(job)
 
     def make_group_name(communicator) -> str:
         ranks = "-".join(map(str, communicator.ranks))
-        return f"r1kern-{job[0]}-{communicator.unique_name}-{ranks}"
+        return f"{job[0]}-{communicator.unique_name}-{ranks}"
 
     shared.make_group_name = staticmethod(make_group_name)
+    return job[0]
+
+
+def unlink_shared_memory(prefix: str) -> None:
+    """Takes the names away once every rank has mapped the memory; all ranks call it together.
+
+    The memory then goes with its last process, however that ends; vLLM unlinks it in a destructor,
+    which a killed process never reaches.
+    """
+    torch.distributed.barrier()
+    for file in Path("/dev/shm").glob(f"{prefix}-*"):
+        file.unlink(missing_ok=True)
 
 
 def has_mla_kernel(config) -> bool:

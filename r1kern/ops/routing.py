@@ -121,7 +121,7 @@ def permute(x: Tensor, routing: Routing | Permutation) -> Tensor:
     if x.dim() != 2 or len(x) != len(routing.slots):
         raise UserError(f"x must be [{len(routing.slots)}, H], got {check.describe(x)}")
     check.one_device(x=x, routing=routing.slots)
-    return _permute(x, routing.slots, len(routing.order))
+    return _permute(x, routing.slots, routing.order)
 
 
 def unpermute(
@@ -147,4 +147,4 @@ def unpermute(
             f"weights must be {list(routing.slots.shape)}, got {check.describe(weights)}"
         )
     check.one_device(rows=rows, routing=routing.slots, weights=weights)
-    return _unpermute(rows, routing.slots, weights)
+    return _unpermute(rows, routing.slots, routing.order, weights)

@@ -265,6 +265,10 @@ def mla_scenario(root: Path) -> dict:
 def parallel_scenario(root: Path) -> dict:
     """One engine over two ranks."""
     generator = build(root / "a", tensor_parallel=2)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    shared = [line for line in maps if "/dev/shm/r1kern-" in line]
+    assert shared, "the ranks of a tensor-parallel engine share memory"
+    assert all(line.endswith("(deleted)") for line in shared), "a killed job would leave a file"
     out = {"a": tokens_and_logps(generator.generate(prompts(), SAMPLING, seed=3))}
     load(generator, root / "b", 1)
     out["off b"] = off_from_transformers(
