@@ -11,6 +11,7 @@
 
 #include "head.h"
 #include "packing.h"
+#include "pages.h"
 #include "permute.h"
 #include "route.h"
 
@@ -114,6 +115,10 @@ PYBIND11_MODULE(_C, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("logits_stats", &logits_stats, unlocked, "head.h");
   m.def("dlogits", &dlogits, unlocked, "head.h");
+  m.def(
+      "prefer_huge_pages",
+      [](Address start, std::size_t bytes) { r1kern::prefer_huge_pages(at<void>(start), bytes); },
+      "pages.h");
   m.def("route", &route, unlocked, "route.h");
   m.def("permute", &permute, unlocked, "permute.h");
   m.def("unpermute", &unpermute, unlocked, "permute.h");

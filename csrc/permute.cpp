@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "pages.h"
 #include "vector.h"
 
 namespace r1kern {
@@ -40,6 +41,7 @@ double dot(const double* x, const double* y, std::int64_t n) {
 
 void permute(const char* x, const std::int32_t* order, std::int64_t R, std::int64_t K,
              std::int64_t bytes, char* rows, int threads) {
+  prefer_huge_pages(rows, R * bytes);
   // In the order of the rows: fresh memory is cheapest when it is written from end to end.
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (std::int64_t r = 0; r < R; ++r) {

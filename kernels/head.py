@@ -19,8 +19,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from r1kern import _C
 from r1kern.errors import UserError
 
-LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+LOGITS_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
 """Most bytes of logits, all copies together, that exist at any time; on CPU near the cache size."""
+
+TILE_ROWS = 128
+"""Rows of the matrix products' largest tile: a chunk of whole tiles wastes none of one."""
 
 STATISTICS_ROWS = 4096
 """Rows of a chunk where no logits are kept: bounds the partial statistics of the CUDA kernel."""
@@ -42,10 +45,20 @@ def chunks(
         # Narrow inputs pass through a second copy on CPU: the product, and the gradient as operand.
         copies = dtype.itemsize + (0 if dtype == hidden.dtype else hidden.dtype.itemsize)
         n = max(1, min(T, LOGITS_BYTES[hidden.device.type] // (max(V, widest) * copies)))
-        logits = hidden.new_empty((n, V), dtype=dtype)
+        if n > TILE_ROWS:
+            n -= n % TILE_ROWS
+        logits = fresh(hidden, (n, V), dtype)
     for start in range(0, T, n):
         rows = slice(start, min(start + n, T))
         yield rows, None if logits is None else logits[: rows.stop - start]
+
+
+def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory, on CPU with huge pages where there are any."""
+    x = like.new_empty(shape, dtype=dtype)
+    if x.device.type == "cpu":
+        _C.prefer_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 def accumulator(x: Tensor) -> torch.dtype:

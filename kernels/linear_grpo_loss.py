@@ -31,7 +31,7 @@ METRICS = (
 
 
 @torch.library.custom_op("r1kern::linear_grpo_loss", mutates_args=())
-def linear_grpo_loss(
+def loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -61,9 +61,8 @@ def linear_grpo_loss(
     loss = hidden.new_zeros((), dtype=torch.float64)
     sums, largest = hidden.new_zeros(len(METRICS), dtype=torch.float64), loss.to(real)
     grad_hidden = torch.zeros_like(hidden) if with_gradients else hidden.new_empty(0)
-    grad_weight = (torch.zeros_like if with_gradients else torch.empty_like)(
-        weight if with_gradients else weight[:0], dtype=real
-    )
+    grad_weight = head.fresh(weight, weight.shape if with_gradients else (0, weight.shape[1]), real)
+    grad_weight.zero_()
     for rows, z in head.chunks(hidden, weight, keep=with_gradients, widest=widest):
         here = columns[rows]
         stats = head.logits_statistics(hidden[rows], weight, here, temperature, z)
@@ -122,7 +121,7 @@ def _rows(
     return value, g, entropy_coef * share, sums, gap.abs().amax()
 
 
-@linear_grpo_loss.register_fake
+@loss_and_gradients.register_fake
 def _(hidden, weight, *rest):
     loss = hidden.new_empty((), dtype=head.accumulator(hidden))
     like = (hidden, weight) if rest[-1] else (hidden[:0, 0], weight[:0])
@@ -130,16 +129,25 @@ def _(hidden, weight, *rest):
     return loss, loss.new_empty(len(METRICS)), torch.empty_like(loss), *grads
 
 
-def _setup(ctx, inputs, output) -> None:
-    _, sums, largest, grad_hidden, grad_weight = output
-    ctx.mark_non_differentiable(sums, largest, grad_hidden, grad_weight)
-    ctx.save_for_backward(grad_hidden, grad_weight)
+class LinearGRPOLoss(torch.autograd.Function):
+    """`loss_and_gradients` with its backward: takes its arguments, returns its first three results.
 
+    Not `register_autograd`, where the gradients would be visible outputs of the op and their scaled
+    copy, the largest tensor of the step, a second one.  Here they are handed over and scaled in
+    place, so that the backward runs once.
+    """
 
-def _gradient(ctx, grad_loss, *_):
-    grad_hidden, grad_weight = ctx.saved_tensors
-    assert grad_hidden.dim() == 2, "called with_gradients=False"
-    return *(grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight)), *[None] * 15
+    @staticmethod
+    def forward(ctx, *args):
+        loss, sums, largest, *ctx.gradients = loss_and_gradients(*args)
+        ctx.mark_non_differentiable(sums, largest)
+        ctx.arguments = len(args)
+        return loss, sums, largest
 
-
-linear_grpo_loss.register_autograd(_gradient, setup_context=_setup)
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("linear_grpo_loss: its backward runs once, retain_graph or not")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (g.mul_(grad_loss.to(g.dtype)) for g in gradients)
+        return *scaled, *[None] * (ctx.arguments - 2)

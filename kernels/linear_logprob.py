@@ -49,7 +49,7 @@ def linear_logprob_backward(
 ) -> tuple[Tensor, Tensor]:
     hidden, weight = hidden.contiguous(), weight.contiguous()
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=total.dtype)
+    grad_weight = head.fresh(weight, weight.shape, total.dtype).zero_()
     given = (torch.zeros_like(total) if x is None else x for x in (grad_logp, grad_entropy))
     row_terms = columns, peak, *head.gradient_terms(entropy, total, *given, temperature)
     for rows, z in head.chunks(hidden, weight, keep=True):

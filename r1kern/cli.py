@@ -1,4 +1,4 @@
-"""The command line: `r1kern train | sft | rollout | demo | doctor`."""
+"""The command line: `r1kern train | sft | rollout | demo | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -143,6 +143,22 @@ def demo(
     from r1kern.demo import run_demo
 
     raise typer.Exit(run_demo(folder, seed=seed, fresh=fresh))
+
+
+@app.command()
+def bench(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="op to measure, repeatable")] = None,
+    check: Annotated[bool, typer.Option("--check", help="check the ops, measure nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="keep the rows that are done")] = False,
+    seconds: Annotated[float, typer.Option(help="start no row after so many")] = float("inf"),
+    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("benchmarks/results"),
+) -> None:
+    """Check every op against its reference and time it beside the best public ones."""
+    from r1kern.benchmarks import kernels
+
+    code = kernels.bench(device, case or [], out, check=check, resume=resume, seconds=seconds)
+    raise typer.Exit(code)
 
 
 @app.command()

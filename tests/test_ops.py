@@ -10,7 +10,7 @@ from r1kern import ops
 from r1kern.kernels import permute
 from r1kern.kernels import route as router
 from r1kern.kernels.advantage import group_advantage
-from r1kern.kernels.linear_grpo_loss import linear_grpo_loss
+from r1kern.kernels.linear_grpo_loss import loss_and_gradients
 from r1kern.kernels.linear_logprob import linear_logprob, linear_logprob_backward
 from r1kern.kernels.objective import grpo_loss
 
@@ -28,12 +28,12 @@ def test_opcheck(dtype):
     for g, h in ((rows, None), (None, rows), (rows, rows)):
         arguments = (hidden.detach(), weight.detach(), targets, rows, rows, rows + 9, g, h, 0.7)
         opcheck(linear_logprob_backward, arguments)
+    values = [x.detach() for x in leaves]
     for with_gradients in (True, False):
         scalars = (0.7, 0.2, 0.2, 0.1, "k3", 0.1, 2.0, None, with_gradients)
-        both = leaves if with_gradients else (x.detach() for x in leaves)
-        opcheck(linear_grpo_loss, (*both, targets, rows, rows, rows, rows, rows, *scalars))
+        opcheck(loss_and_gradients, (*values, targets, rows, rows, rows, rows, rows, *scalars))
     scalars = (0.7, 0.2, 0.2, 0.0, "k3", 0.0, None, None, True)
-    opcheck(linear_grpo_loss, (*leaves, targets, None, None, None, rows, rows, *scalars))
+    opcheck(loss_and_gradients, (*values, targets, None, None, None, rows, rows, *scalars))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

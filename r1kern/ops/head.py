@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1kern.errors import UserError
-from r1kern.kernels.linear_grpo_loss import METRICS
-from r1kern.kernels.linear_grpo_loss import linear_grpo_loss as _linear_grpo_loss
+from r1kern.kernels.linear_grpo_loss import METRICS, LinearGRPOLoss
 from r1kern.kernels.linear_logprob import linear_logprob as _linear_logprob
 from r1kern.ops import _check as check
 from r1kern.ops.loss import at_least_one, group_advantage, grpo_loss, token_share
@@ -116,7 +115,8 @@ def linear_grpo_loss(
         tp_group: the ranks that share the vocabulary.
 
     Returns:
-        The loss (0-d, float32 at least) and detached 0-d metrics: those of `grpo_loss`, "entropy",
+        The loss (0-d, float32 at least; its backward runs once) and detached 0-d metrics: those of
+        `grpo_loss`, "entropy",
         and with `sampled_logp` "mismatch" and "max_mismatch" (a maximum; the others add up).
 
     Raises:
@@ -154,7 +154,7 @@ def linear_grpo_loss(
         num_tokens=num_tokens,
         max_tokens=max_tokens,
     )
-    loss, sums, largest, *_ = _linear_grpo_loss(
+    loss, sums, largest = LinearGRPOLoss.apply(
         *(hidden, weight, targets, *constants),
         *(x[sequence_ids].to(real) for x in (advantages.detach(), share)),
         *(float(temperature), float(clip_low), float(clip_high), float(beta), kl),
