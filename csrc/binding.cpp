@@ -44,19 +44,20 @@ Int64Array pack_ffd(const Int64Array& lengths, Int budget) {
   return Int64Array(static_cast<py::ssize_t>(bins.size()), bins.data());
 }
 
-void logits_stats(Int itemsize, Address z, Int n, Int V, Address columns, Address stats,
-                  int threads) {
+void logits_stats(Int itemsize, Address z, Int n, Int V, Int stride, Address columns,
+                  Address stats, int threads) {
   with_real(itemsize, [&](auto real) {
     using Real = decltype(real);
-    r1kern::logits_stats(at<const Real>(z), n, V, at<const Int>(columns), at<Real>(stats), threads);
+    r1kern::logits_stats(at<const Real>(z), n, V, stride, at<const Int>(columns), at<Real>(stats),
+                         threads);
   });
 }
 
-void dlogits(Int itemsize, Address z, Int V, Address live, Int m, Address columns, Address shift,
-             Address c0, Address c1, Address g, int threads) {
+void dlogits(Int itemsize, Address z, Int V, Int stride, Address live, Int m, Address columns,
+             Address shift, Address c0, Address c1, Address g, int threads) {
   with_real(itemsize, [&](auto real) {
     using Real = decltype(real);
-    r1kern::dlogits(at<Real>(z), V, at<const Int>(live), m, at<const Int>(columns),
+    r1kern::dlogits(at<Real>(z), V, stride, at<const Int>(live), m, at<const Int>(columns),
                     at<const Real>(shift), at<const Real>(c0), at<const Real>(c1),
                     at<const Real>(g), threads);
   });

@@ -47,7 +47,8 @@ def chunks(
         n = max(1, min(T, LOGITS_BYTES[hidden.device.type] // (max(V, widest) * copies)))
         if n > TILE_ROWS:
             n -= n % TILE_ROWS
-        logits = fresh(hidden, (n, V), dtype)
+        # On CPU column by column: the products are faster so.
+        logits = hidden.new_empty((n, V)) if hidden.is_cuda else fresh(hidden, (V, n), dtype).t()
     for start in range(0, T, n):
         rows = slice(start, min(start + n, T))
         yield rows, None if logits is None else logits[: rows.stop - start]
@@ -93,7 +94,8 @@ def logits_statistics(
     n, V = logits.shape
     stats = logits.new_empty(4, n)
     _C.logits_stats(
-        logits.itemsize, logits.data_ptr(), n, V, columns.data_ptr(), stats.data_ptr(), _threads()
+        *(logits.itemsize, logits.data_ptr(), n, V, logits.stride(1)),
+        *(columns.data_ptr(), stats.data_ptr(), _threads()),
     )
     return stats
 
@@ -119,11 +121,8 @@ def dlogits_(
         head_triton.dlogits_(logits, live, columns, shift, c0, c1, g)
     else:
         _C.dlogits(
-            logits.itemsize,
-            logits.data_ptr(),
-            logits.shape[1],
-            0 if live is None else live.data_ptr(),
-            m,
+            *(logits.itemsize, logits.data_ptr(), logits.shape[1], logits.stride(1)),
+            *(0 if live is None else live.data_ptr(), m),
             *(x.data_ptr() for x in (columns, shift, c0, c1, g)),
             _threads(),
         )

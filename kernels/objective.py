@@ -53,7 +53,7 @@ def kl_term(logp: Tensor, ref_logp: Tensor, log_rho: Tensor, kl: str) -> tuple[T
     return value, slope
 
 
-@torch.library.custom_op("r1kern::grpo_loss", mutates_args=())
+@torch.library.custom_op("r1kern::grpo_loss", mutates_args=(), device_types="cpu")
 def grpo_loss(
     logp: Tensor,
     old_logp: Tensor,
@@ -96,6 +96,16 @@ def grpo_loss(
             value, slope = value - beta * share * k, slope - beta * share * dk
     sums = torch.stack([c.sum(dtype=share.dtype) for c in counted])
     return -value.sum(), -slope.to(logp.dtype), sums
+
+
+@grpo_loss.register_kernel("cuda")
+def _(logp, old_logp, ref_logp, advantages, live, share, weights, ratio, low, high, beta, kl):
+    from r1kern.kernels import objective_triton
+
+    return objective_triton.grpo_loss(
+        *(logp, old_logp, ref_logp, advantages, live, share, weights),
+        *(ratio, low, high, beta, kl),
+    )
 
 
 @grpo_loss.register_fake

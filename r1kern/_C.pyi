@@ -2,3 +2,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 def pack_ffd(lengths: NDArray[np.integer], budget: int) -> NDArray[np.int64]: ...
+
+# Below, tensors are addresses of contiguous memory (csrc/*.h has their shapes); itemsize is 4 or 8.
+
+def logits_stats(
+    itemsize: int, z: int, n: int, V: int, stride: int, columns: int, stats: int, threads: int
+) -> None: ...
+def dlogits(
+    itemsize: int,
+    z: int,
+    V: int,
+    stride: int,
+    live: int,
+    m: int,
+    columns: int,
+    shift: int,
+    c0: int,
+    c1: int,
+    g: int,
+    threads: int,
+) -> None: ...
+def route(
+    itemsize: int,
+    logits: int,
+    bias: int,
+    T: int,
+    E: int,
+    groups: int,
+    topk_groups: int,
+    K: int,
+    R: int,
+    align: int,
+    scale: float,
+    normalize: bool,
+    weights: int,
+    indices: int,
+    counts: int,
+    offsets: int,
+    slots: int,
+    order: int,
+    score_sums: int,
+    threads: int,
+) -> None: ...
+def permute(x: int, order: int, R: int, K: int, bytes: int, rows: int, threads: int) -> None: ...
+def unpermute(
+    itemsize: int,
+    rows: int,
+    slots: int,
+    weights: int,
+    T: int,
+    K: int,
+    H: int,
+    y: int,
+    threads: int,
+) -> None: ...
+def unpermute_backward(
+    itemsize: int,
+    grad: int,
+    rows: int,
+    slots: int,
+    weights: int,
+    T: int,
+    K: int,
+    H: int,
+    grad_rows: int,
+    grad_weights: int,
+    threads: int,
+) -> None: ...
+def prefer_huge_pages(start: int, bytes: int) -> None: ...

@@ -70,10 +70,13 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     packed = {name for name in names if ".dist-info/" not in name and not name.endswith(".so")}
     modules = {path.relative_to(ROOT) for path in (ROOT / "r1kern").rglob("*.py")}
     data = {path.relative_to(ROOT) for path in (ROOT / "r1kern/data/files").iterdir()}
-    kernels = {"r1kern" / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("*.py")}
-    configs = {"r1kern" / path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml")}
+    beside = {
+        "r1kern" / path.relative_to(ROOT)
+        for pattern in ("kernels/*.py", "benchmarks/*.py", "configs/*.yaml")
+        for path in ROOT.glob(pattern)
+    }
     typing = {"r1kern/py.typed", "r1kern/_C.pyi"}
-    assert packed == {str(path) for path in modules | data | kernels | configs} | typing
+    assert packed == {str(path) for path in modules | data | beside} | typing
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

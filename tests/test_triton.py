@@ -34,14 +34,6 @@ def dot(x, y, out, N: tl.constexpr):
 """
 
 
-@pytest.fixture
-def poisoned():
-    """Every uninitialised allocation is filled with NaN, or the greatest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(scope="module")
 def route_module():
     with interpreted("route_triton") as module:
