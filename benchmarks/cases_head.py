@@ -180,7 +180,7 @@ def _one_product(shape: Shape) -> Work:
 HEAD = Case(
     outputs=("loss", "entropy", "grad_hidden", "grad_weight"),
     shapes={
-        "cpu": [_head(T, 512, 32000, "fp32") for T in (4096, 8192)],
+        "cpu": [_head(T, 512, 32000, "fp32") for T in (4096, 2048)],
         "cuda": [_head(T, 7168, V, "bf16") for T in (8192, 16384, 32768) for V in SHARDS]
         + [_head(8192, 7168, 129280, "bf16", beta=0.0, live=50)],
     },

@@ -88,6 +88,22 @@ def measure(
     return percentiles(timed(run, sets, count))
 
 
+def measure_in_turn(
+    functions: Sequence[Callable[..., object]],
+    inputs: Sequence[tuple],
+    device: torch.device,
+    **options,
+) -> list[Timing]:
+    """As `measure`, for several functions, some runs of each in turn, three times over.
+
+    For ratios: a machine that drifts while they are measured drifts for all alike.
+    """
+    rounds = [[measure(f, inputs, device, **options) for f in functions] for _ in range(3)]
+    return [
+        Timing(*map(statistics.median, zip(*of, strict=True))) for of in zip(*rounds, strict=True)
+    ]
+
+
 def _timed_cpu(run: Callable[..., object], sets, count: int) -> list[float]:
     times = []
     for _ in range(count):

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -207,9 +208,7 @@ class Meter:
         row = figures(name, "ours", case.ours, shape, device)
         us = row["us"][1]
         row |= self.against_limits(us, case.work(shape))
-        row["baselines"] = {
-            rival: beside(name, rival, shape, device, us) for rival in case.baselines
-        }
+        row["baselines"] = {rival: beside(name, rival, shape, device) for rival in case.baselines}
         return row
 
     def against_limits(self, us: float, work: harness.Work) -> dict:
@@ -232,26 +231,39 @@ class Meter:
 def figures(name: str, which: str, forward: Forward, shape: Shape, device: torch.device) -> dict:
     """Time and peak memory of one forward of a case: `which` is "ours" or a baseline's name."""
     case = CASES[name]
-    # Several sets of inputs in turn, unless one is far larger than any cache.
-    count = 4 if case.work(shape).bytes < 256 << 20 else 1
-    sets = [case.inputs(shape, device, seed) for seed in range(count)]
-
-    def once(inputs: Inputs) -> tuple:
-        return run(forward, shape, inputs, case.trains)
-
-    timing = harness.measure(once, [(inputs,) for inputs in sets], device)
+    sets = input_sets(case, shape, device)
+    once = partial(run_case, case, forward, shape)
+    timing = harness.measure(once, sets, device)
     if device.type == "cuda":
-        peak = harness.peak_memory(lambda: once(sets[0]), device)
+        peak = harness.peak_memory(lambda: once(*sets[0]), device)
     else:
         peak = peak_in_fresh_process(name, which, shape)
     return {
         "us": [round(us, 2) for us in timing],
         "peak_mib": round(peak / 2**20, 1),
-        "results_mib": round(sum(x.nbytes for x in once(sets[0])) / 2**20, 1),
+        "results_mib": round(sum(x.nbytes for x in once(*sets[0])) / 2**20, 1),
     }
 
 
-def beside(name: str, rival: str, shape: Shape, device: torch.device, ours_us: float) -> dict:
+def run_case(case: Case, forward: Forward, shape: Shape, inputs: Inputs) -> tuple:
+    return run(forward, shape, inputs, case.trains)
+
+
+def input_sets(case: Case, shape: Shape, device: torch.device) -> list[tuple[Inputs]]:
+    """Several sets of inputs to take in turn, unless one is far larger than any cache."""
+    count = 4 if case.work(shape).bytes < 256 << 20 else 1
+    return [(case.inputs(shape, device, seed),) for seed in range(count)]
+
+
+def times_ours(case: Case, forward: Forward, shape: Shape, device: torch.device) -> float:
+    """A baseline's time over ours, both measured in turn."""
+    both = [partial(run_case, case, f, shape) for f in (case.ours, forward)]
+    quick = {"budget_s": 1.0, "runs": (2, 30)}
+    ours, rival = harness.measure_in_turn(both, input_sets(case, shape, device), device, **quick)
+    return rival.p50 / ours.p50
+
+
+def beside(name: str, rival: str, shape: Shape, device: torch.device) -> dict:
     """A baseline's figures and its time in units of ours, or why there are none."""
     case = CASES[name]
     try:
@@ -261,13 +273,15 @@ def beside(name: str, rival: str, shape: Shape, device: torch.device, ours_us: f
             return {"absent": other}
         _release(device)
         row = figures(name, rival, forward, shape, device)
+        _release(device)
+        ratio = times_ours(case, forward, shape, device)
     except ImportError as error:
         return {"absent": str(error)}
     except Exception as error:  # somebody else's code: what it raised is part of the row
         return {"absent": _told(error)}
     finally:
         _release(device)
-    return row | {"times_ours": round(row["us"][1] / ours_us, 3)}
+    return row | {"times_ours": round(ratio, 3)}
 
 
 def forward_of(case: Case, which: str, kind: str) -> Forward:

@@ -377,10 +377,8 @@ def _grad_tile(E: int, K: int, normalize: bool, grad_weights, grad_score_sums) -
 
 
 def variants():
-    """(name, kernel, signature, constexprs, options, aligned) at published and awkward shapes.
-
-    Of float16 nothing: its instructions are bfloat16's but for their type.
-    """
+    """(name, kernel, signature, constexprs, options, aligned) at published and awkward shapes; of
+    float16 nothing, whose instructions are bfloat16's but for their type."""
     shapes = [(256, 8, 4, 8), (160, 8, 3, 6), (384, 1, 1, 8), (128, 1, 1, 16), (12, 3, 2, 4)]
     outputs = dict(weights="*fp32", indices="*i64", counts="*i64", offsets="*i64", slots="*i32",
                    order="*i32", score_sums="*fp32", count_table="*i32", sum_table="*fp32",

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from r1kern.data.tokenizer import build_demo_tokenizer
 
-
 TRAINING, OPERATORS = re.findall(
     r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
 )
