@@ -52,6 +52,10 @@ def _grpo_loss(
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, S)
     zero = tl.zeros([BLOCK], share.dtype.element_ty)
+    # In this dtype from the start: a bare constant beside float64 is float32 before Triton 3.9.
+    floor = tl.full([], 1 - CLIP_LOW, share.dtype.element_ty)
+    ceiling = tl.full([], 1 + CLIP_HIGH, share.dtype.element_ty)
+    beta = tl.full([], BETA, share.dtype.element_ty)
     A = tl.load(advantages + row).to(share.dtype.element_ty)
     over = tl.full([], 1, share.dtype.element_ty)
     log_rho_row = tl.full([], 0, share.dtype.element_ty)
@@ -76,9 +80,9 @@ def _grpo_loss(
         weight = _shown(share, at, here, share)
         log_rho_token = x - _shown(old_logp, at, here, share)
         rho = tl.exp(log_rho_token if RATIO == 0 else log_rho_row + zero)
-        low = tl.where(A < 0, rho, 1) < 1 - CLIP_LOW
-        high = tl.where(A > 0, rho, 1) > 1 + CLIP_HIGH
-        clipped = tl.minimum(tl.maximum(rho, 1 - CLIP_LOW), 1 + CLIP_HIGH)
+        low = tl.where(A < 0, rho, 1) < floor
+        high = tl.where(A > 0, rho, 1) > ceiling
+        clipped = tl.minimum(tl.maximum(rho, floor), ceiling)
         weighed = weight
         if weights is not None:
             weighed *= _shown(weights, at, here, share)
@@ -91,8 +95,8 @@ def _grpo_loss(
         if ref_logp is not None:
             k, dk = _kl(x, _shown(ref_logp, at, here, share), log_rho_token, KL)
             kls += tl.where(here, k, 0)
-            loss += BETA * weight * k
-            pull = BETA * weight * dk
+            loss += beta * weight * k
+            pull = beta * weight * dk
         if RATIO == 0:
             out = (pull - slope).to(gradient.dtype.element_ty)
             tl.store(gradient + at, out, mask=inside)
@@ -109,7 +113,7 @@ def _grpo_loss(
                 x = _shown(logp, at, here, share)
                 log_rho_token = x - _shown(old_logp, at, here, share)
                 _, dk = _kl(x, _shown(ref_logp, at, here, share), log_rho_token, KL)
-                pull = BETA * _shown(share, at, here, share) * dk
+                pull = beta * _shown(share, at, here, share) * dk
             out = (pull - tl.where(here, push, 0)).to(gradient.dtype.element_ty)
             tl.store(gradient + at, out, mask=inside)
 
