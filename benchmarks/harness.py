@@ -92,16 +92,20 @@ def measure_in_turn(
     functions: Sequence[Callable[..., object]],
     inputs: Sequence[tuple],
     device: torch.device,
-    **options,
+    *,
+    budget_s: float = 3.0,
+    runs: tuple[int, int] = (5, 50),
 ) -> list[Timing]:
-    """As `measure`, for several functions, some runs of each in turn, three times over.
+    """As `measure`, for several functions, one run of each in turn.
 
     For ratios: a machine that drifts while they are measured drifts for all alike.
     """
-    rounds = [[measure(f, inputs, device, **options) for f in functions] for _ in range(3)]
-    return [
-        Timing(*map(statistics.median, zip(*of, strict=True))) for of in zip(*rounds, strict=True)
-    ]
+    sets = itertools.cycle(inputs)
+    timed = _timed_cuda if device.type == "cuda" else _timed_cpu
+    once = sum(timed(f, sets, 1)[0] for f in functions)
+    count = min(max(int(budget_s * 1e6 / once), runs[0]), runs[1])
+    rounds = [[timed(f, sets, 1)[0] for f in functions] for _ in range(count)]
+    return [percentiles(times) for times in zip(*rounds, strict=True)]
 
 
 def _timed_cpu(run: Callable[..., object], sets, count: int) -> list[float]:

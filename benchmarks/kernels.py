@@ -258,8 +258,7 @@ def input_sets(case: Case, shape: Shape, device: torch.device) -> list[tuple[Inp
 def times_ours(case: Case, forward: Forward, shape: Shape, device: torch.device) -> float:
     """A baseline's time over ours, both measured in turn."""
     both = [partial(run_case, case, f, shape) for f in (case.ours, forward)]
-    quick = {"budget_s": 1.0, "runs": (2, 30)}
-    ours, rival = harness.measure_in_turn(both, input_sets(case, shape, device), device, **quick)
+    ours, rival = harness.measure_in_turn(both, input_sets(case, shape, device), device)
     return rival.p50 / ours.p50
 
 

@@ -176,7 +176,7 @@ def test_a_drifting_machine_does_not_show_in_ratios():
     def slower_and_slower():
         time.sleep(2e-3 + 2e-4 * next(pause))
 
-    once = harness.measure_in_turn([slower_and_slower] * 2, [()], CPU, runs=(10, 10))
+    once = harness.measure_in_turn([slower_and_slower] * 2, [()], CPU, runs=(30, 30))
     assert once[1].p50 / once[0].p50 < 1.6
     pause = iter(range(10_000))
     apart = [harness.measure(slower_and_slower, [()], CPU, runs=(30, 30)).p50 for _ in range(2)]
