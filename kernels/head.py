@@ -44,9 +44,10 @@ def chunks(
         dtype = hidden.dtype if hidden.is_cuda else accumulator(hidden)
         # Narrow inputs pass through a second copy on CPU: the product, and the gradient as operand.
         copies = dtype.itemsize + (0 if dtype == hidden.dtype else hidden.dtype.itemsize)
-        n = max(1, min(T, LOGITS_BYTES[hidden.device.type] // (max(V, widest) * copies)))
+        n = max(1, LOGITS_BYTES[hidden.device.type] // (max(V, widest) * copies))
         if n > TILE_ROWS:
             n -= n % TILE_ROWS
+        n = max(1, min(n, T))
         # On CPU column by column: the products are faster so.
         logits = hidden.new_empty((n, V)) if hidden.is_cuda else fresh(hidden, (V, n), dtype).t()
     for start in range(0, T, n):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 512
 SPAN = 4096
 """Columns of one program where the ratio is a token's own; else a program has a whole row."""
 
@@ -33,9 +33,13 @@ def _kl(logp, ref_logp, log_rho, KL: tl.constexpr):
     log_r = ref_logp - logp
     if KL == 2:
         return log_r * log_r / 2, -log_r
-    r = tl.exp(log_r)
-    value = r - 1 - log_r
-    slope = 1 - r
+    # Near 0, where policies are close, e^x - 1 - x would cancel: there its series.
+    series = tl.full(log_r.shape, 1, log_r.dtype)
+    for n in tl.static_range(10):
+        series = 1 + log_r / (12 - n) * series
+    near = tl.abs(log_r) < 0.5
+    value = tl.where(near, log_r * log_r / 2 * series, tl.exp(log_r) - 1 - log_r)
+    slope = -(log_r + value)
     if KL == 1:
         rho = tl.exp(log_rho)
         return rho * value, rho * (value + slope)

@@ -72,6 +72,11 @@ def test_logits_stay_within_their_budget():
         assert all(z.shape == (n, V) for (_, z), n in zip(chunks, sizes, strict=True))
 
 
+def test_rows_that_fit_at_once_are_one_chunk():
+    hidden, weight = torch.empty(300, 8), torch.empty(50, 8)
+    assert [rows for rows, _ in head.chunks(hidden, weight, keep=True)] == [slice(0, 300)]
+
+
 def test_linear_logprob_of_large_logits_and_strided_inputs():
     hidden, weight, targets = head_inputs(T=40, H=12)
     got = assert_head(hidden[::2].mul(60), weight.t().contiguous().t(), targets[::2])

@@ -52,3 +52,17 @@ def test_grpo_loss_is_the_plain_one(poisoned, options, B, S, dtype):
         assert x.dtype == t.dtype and x.shape == t.shape
         atol = tolerance * (t.double().abs().max().item() if t.numel() else 1)
         torch.testing.assert_close(x.double(), t.double(), rtol=tolerance, atol=atol)
+
+
+def test_the_kl_of_close_policies_does_not_cancel():
+    """At a log-ratio of 1e-4 k3 is 5e-9, and e^x - 1 - x in float32 is noise."""
+    x = torch.linspace(-1e-4, 1e-4, 300)[None]
+    old, live = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
+    share = torch.ones_like(x)
+    rest = (torch.zeros(1), live, share, None, "token", 0.2, 0.2, 1.0, "k3")
+    with interpreted("objective_triton") as kernels:
+        loss, gradient, sums = kernels.grpo_loss(old, old, x, *rest)
+    exact = x.double().expm1()
+    torch.testing.assert_close(sums[4].double(), (exact - x.double()).sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), -exact, rtol=1e-5, atol=1e-12)
+    assert loss == sums[4]

@@ -116,8 +116,8 @@ def linear_grpo_loss(
 
     Returns:
         The loss (0-d, float32 at least; its backward runs once) and detached 0-d metrics: those of
-        `grpo_loss`, "entropy",
-        and with `sampled_logp` "mismatch" and "max_mismatch" (a maximum; the others add up).
+        `grpo_loss`, "entropy", and with `sampled_logp` "mismatch" and "max_mismatch" (a maximum;
+        the others add up).
 
     Raises:
         UserError: as `linear_logprob` and `grpo_loss`; `importance_cap` without `sampled_logp`.
