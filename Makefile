@@ -3,13 +3,17 @@
 PYTHON ?=
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test lint wheel venv clean
+.PHONY: demo test test-full lint wheel venv clean
 
 demo: venv
 	@.venv/bin/r1kern demo
 
 test: venv
 	@.venv/bin/python -m pytest -q
+
+# Every layout and every fault, where `make test` takes a part of them.
+test-full: venv
+	@.venv/bin/python -m pytest -q -m "full or not full"
 
 lint: venv
 	@.venv/bin/ruff check .

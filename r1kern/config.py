@@ -16,6 +16,11 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
+RecomputedPart = Literal[
+    "full", "core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -39,6 +44,17 @@ class Model(_Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_positions: Positive = 4096  # longest prompt plus completion
     trust_remote_code: bool = False  # run Python code that comes with tokenizer or model
+    attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"  # auto: the best there is
+    transformer_engine: bool = False  # its attention, norms and linears (CUDA)
+    mtp_coef: float = Field(0.0, ge=0)  # weight of the multi-token-prediction loss; 0: frozen
+
+
+class Experts(_Section):
+    """Training of the mixture of experts."""
+
+    bias_update_rate: float = Field(0.0, ge=0)  # auxiliary-loss-free balance; 0: bias kept
+    balance_coef: float = Field(0.0, ge=0)  # weight of the sequence-level balance loss
+    replay: Literal["off", "old_policy", "generator"] = "off"  # whose expert choice is trained
 
 
 class Parallel(_Section):
@@ -47,7 +63,9 @@ class Parallel(_Section):
     tp: Positive = 1  # tensor parallel, with sequence parallelism when > 1
     ep: Positive = 1  # expert parallel
     pp: Positive = 1  # pipeline parallel
+    layers: list[Positive] = []  # of each pipeline stage; empty: even, first and last lighter
     generator_tp: Positive = 1  # tensor parallel of the vLLM replicas
+    world_size: Positive | None = None  # processes the layout is made for; others are refused
 
 
 class Data(_Section):
@@ -82,6 +100,9 @@ class Generator(_Section):
     max_seqs: Positive = 256  # completions decoded at the same time
     kv_cache_gib: float = Field(1.0, gt=0)  # per rank
     enforce_eager: bool = True  # no CUDA graphs
+    sleep: bool = True  # weights and cache leave the GPU while the trainer works (CUDA)
+    fp8: bool = False  # weights in 128 x 128 blocks of e4m3 (CUDA)
+    sync_bucket_mib: Positive = 1024  # gathered weights in flight during a sync
 
 
 class GRPO(_Section):
@@ -112,6 +133,7 @@ class Optim(_Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
+    offload: bool = False  # master weights, moments and the update live in host memory
 
 
 class Train(_Section):
@@ -121,6 +143,9 @@ class Train(_Section):
     tokens_per_microbatch: Positive = 8192  # packed rows of one micro-batch
     save_every: NonNegative = 50  # 0: at the end only
     keep_last: Positive = 2
+    async_save: bool = True  # write checkpoints beside the following steps
+    recompute: list[RecomputedPart] = []  # parts computed again in the backward
+    offload_in_rollout: bool = True  # gradients and optimizer to host memory meanwhile (CUDA)
     eval_every: NonNegative = 0  # 0: before the first step and after the last only
     mismatch_limit: float = Field(0.0, ge=0)  # stop when |trainer - generator| exceeds it; 0: off
 
@@ -142,6 +167,7 @@ class TrainConfig(_Section):
     data: Data
     rollout: Rollout = Rollout()
     generator: Generator = Generator()
+    experts: Experts = Experts()
     rewards: dict[str, float] = {"accuracy": 1.0, "format": 1.0}  # weight of each term
     grpo: GRPO = GRPO()
     optim: Optim = Optim()
@@ -187,6 +213,7 @@ class SFTConfig(_Section):
     model: Model
     parallel: Parallel = Parallel()
     data: Data
+    experts: Experts = Experts()
     optim: Optim = Optim(lr=1e-5)
     train: SFTTrain = SFTTrain()
 

@@ -30,12 +30,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from r1kern.model.attention import (
-    CoreAttention,
     DuplicatedLinear,
     LatentNorm,
     MLASelfAttention,
     RMSNorm,
 )
+from r1kern.model.core_attention import CoreAttention
 from r1kern.model.moe import GroupedLinear, MoELayer, Router
 
 

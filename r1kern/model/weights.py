@@ -1,143 +1,16 @@
-"""Weights by Hugging Face names, in and out of a Megatron model for any TP, EP and PP.
-
-Every Megatron parameter is the concatenation, along dimension 0, of one or two Hugging Face tensors
-(gate and up projections are fused), each cut for this tensor-parallel rank along one dimension or
-held whole; experts lie whole on one expert-parallel rank.  `Slot` says which.
-"""
+"""Weights by Hugging Face names, in and out of a Megatron model for any TP, EP and PP."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import PretrainedConfig
 
 from r1kern.model.gpt import DeepSeekV3
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a parameter comes from.
-
-    Attributes:
-        names: Hugging Face tensors, concatenated along dimension 0.
-        split: dimension cut over the tensor-parallel ranks, None when whole.
-    """
-
-    names: tuple[str, ...]
-    split: int | None
-
-
-_OUTSIDE = {
-    "embedding.word_embeddings.weight": Slot(("model.embed_tokens.weight",), 0),
-    "decoder.final_layernorm.weight": Slot(("model.norm.weight",), None),
-    "output_layer.weight": Slot(("lm_head.weight",), 0),
-}
-
-_LAYER = {
-    "input_layernorm.weight": (("input_layernorm.weight",), None),
-    "self_attention.linear_q_proj.weight": (("self_attn.q_proj.weight",), 0),
-    "self_attention.linear_q_down_proj.weight": (("self_attn.q_a_proj.weight",), None),
-    "self_attention.q_layernorm.weight": (("self_attn.q_a_layernorm.weight",), None),
-    "self_attention.linear_q_up_proj.weight": (("self_attn.q_b_proj.weight",), 0),
-    "self_attention.linear_kv_down_proj.weight": (("self_attn.kv_a_proj_with_mqa.weight",), None),
-    "self_attention.kv_layernorm.weight": (("self_attn.kv_a_layernorm.weight",), None),
-    "self_attention.linear_kv_up_proj.weight": (("self_attn.kv_b_proj.weight",), 0),
-    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), 1),
-    "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), None),
-    "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0),
-    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), 1),
-    "mlp.router.weight": (("mlp.gate.weight",), None),
-    "mlp.router.expert_bias": (("mlp.gate.e_score_correction_bias",), None),
-    "mlp.shared_experts.linear_fc1.weight": (
-        ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-        0,
-    ),
-    "mlp.shared_experts.linear_fc2.weight": (("mlp.shared_experts.down_proj.weight",), 1),
-}
-
-_EXPERT = {
-    "mlp.experts.linear_fc1.weight": ("gate_proj.weight", "up_proj.weight"),
-    "mlp.experts.linear_fc2.weight": ("down_proj.weight",),
-}
-
-
-def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model, in the order `export_weights` yields them.
-
-    Multi-token-prediction layers are not part of it.
-    """
-    heads, nope, rope, v = (
-        hf.num_attention_heads,
-        hf.qk_nope_head_dim,
-        hf.qk_rope_head_dim,
-        hf.v_head_dim,
-    )
-    hidden, moe = hf.hidden_size, hf.moe_intermediate_size
-    attention = {
-        "kv_a_proj_with_mqa": (hf.kv_lora_rank + rope, hidden),
-        "kv_a_layernorm": (hf.kv_lora_rank,),
-        "kv_b_proj": (heads * (nope + v), hf.kv_lora_rank),
-        "o_proj": (hidden, heads * v),
-    }
-    if hf.q_lora_rank is None:
-        attention["q_proj"] = (heads * (nope + rope), hidden)
-    else:
-        attention["q_a_proj"] = (hf.q_lora_rank, hidden)
-        attention["q_a_layernorm"] = (hf.q_lora_rank,)
-        attention["q_b_proj"] = (heads * (nope + rope), hf.q_lora_rank)
-
-    def mlp(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{prefix}gate_proj.weight": (width, hidden),
-            f"{prefix}up_proj.weight": (width, hidden),
-            f"{prefix}down_proj.weight": (hidden, width),
-        }
-
-    shapes = {"model.embed_tokens.weight": (hf.vocab_size, hidden)}
-    for i in range(hf.num_hidden_layers):
-        layer = f"model.layers.{i}."
-        shapes[f"{layer}input_layernorm.weight"] = (hidden,)
-        shapes |= {f"{layer}self_attn.{k}.weight": s for k, s in attention.items()}
-        shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
-        if i < hf.first_k_dense_replace:
-            shapes |= mlp(f"{layer}mlp.", hf.intermediate_size)
-            continue
-        shapes[f"{layer}mlp.gate.weight"] = (hf.n_routed_experts, hidden)
-        shapes[f"{layer}mlp.gate.e_score_correction_bias"] = (hf.n_routed_experts,)
-        shapes |= mlp(f"{layer}mlp.shared_experts.", moe * hf.n_shared_experts)
-        for e in range(hf.n_routed_experts):
-            shapes |= mlp(f"{layer}mlp.experts.{e}.", moe)
-    shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (hf.vocab_size, hidden)
-    return shapes
-
-
-def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]:
-    """Every weight of this rank: Megatron name, tensor (views of the parameters), slot."""
-    first_layer = get_transformer_layer_offset(model.config)
-    experts = model.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
-    first_expert = mpu.get_expert_model_parallel_rank() * experts
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor):
-            continue  # Megatron's `_extra_state` entries
-        if name in _OUTSIDE:
-            yield name, tensor.data, _OUTSIDE[name]
-            continue
-        index, rest = name.removeprefix("decoder.layers.").split(".", 1)
-        layer = f"model.layers.{int(index) + first_layer}."
-        stem = rest.rstrip("0123456789")
-        if stem in _EXPERT:
-            expert = first_expert + int(rest[len(stem) :])
-            names = tuple(f"{layer}mlp.experts.{expert}.{n}" for n in _EXPERT[stem])
-            yield name, tensor.data, Slot(names, None)
-        else:
-            names, split = _LAYER[rest]
-            yield name, tensor.data, Slot(tuple(layer + n for n in names), split)
+from r1kern.model.names import hf_shapes, local_tensors
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
 from r1kern.eval.heldout import summarise
 from r1kern.generate.engine import Generator, Sampling
-from r1kern.model.weights import hf_shapes
+from r1kern.model.names import hf_shapes
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts

@@ -115,7 +115,7 @@ def parity(policy, truth: dict) -> dict[str, float]:
     """Largest difference of the logits from transformers', dense and packed."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from r1kern.model.attention import Packing
+    from r1kern.model.core_attention import Packing
 
     ids = truth["ids"]
     positions = torch.arange(ids.shape[1]).expand_as(ids)
