@@ -48,6 +48,16 @@ class Model(_Section):
     transformer_engine: bool = False  # its attention, norms and linears (CUDA)
     mtp_coef: float = Field(0.0, ge=0)  # weight of the multi-token-prediction loss; 0: frozen
 
+    @model_validator(mode="after")
+    def _transformer_engine_fits(self):
+        if self.transformer_engine and self.dtype != "bfloat16":
+            raise ValueError("transformer_engine attends to packed sequences in bfloat16 only")
+        if self.transformer_engine and self.attention != "auto":
+            raise ValueError(
+                "transformer_engine chooses its attention kernel itself: leave attention at auto"
+            )
+        return self
+
 
 class Experts(_Section):
     """Training of the mixture of experts."""

@@ -24,7 +24,6 @@ REPLACED = (
     ("megatron.core.jit", "jit_fuser"),  # would torch.compile small functions
     ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"),  # CUDA generator
     ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),
-    ("megatron.core.transformer.multi_latent_attention", "HAVE_TE"),  # stub classes without TE
 )
 
 # Modules that must be loaded before the look-alike is handed out, late imports included.
@@ -197,11 +196,9 @@ def install() -> None:
     jit.jit_fuser = lambda function: function
     check_guard(megatron.core.__version__)
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.multi_latent_attention as mla
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    mla.HAVE_TE = False
     for name in MODULES:
         importlib.import_module("megatron.core." + name)
 

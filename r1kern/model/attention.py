@@ -9,6 +9,7 @@ from __future__ import annotations
 import megatron.core.transformer.multi_latent_attention as megatron_mla
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as megatron_te
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -58,12 +59,15 @@ class DuplicatedLinear(torch.nn.Module):
 
 
 # MLA accepts its down projections from a closed list of classes, of which this name is one.
-if not hasattr(megatron_mla, "Linear"):
-    raise RuntimeError(
-        "megatron.core.transformer.multi_latent_attention.Linear is gone: "
-        "r1kern/model/attention.py must be brought up to date with the installed megatron-core"
-    )
+for _symbol in ("Linear", "HAVE_TE"):
+    if not hasattr(megatron_mla, _symbol):
+        raise RuntimeError(
+            f"megatron.core.transformer.multi_latent_attention.{_symbol} is gone: "
+            "r1kern/model/attention.py must be brought up to date with the installed megatron-core"
+        )
 megatron_mla.Linear = DuplicatedLinear
+# Without Transformer Engine its classes are mock objects here, which `isinstance` refuses.
+megatron_mla.HAVE_TE = megatron_te.HAVE_TE
 
 
 class MLASelfAttention(megatron_mla.MLASelfAttention):

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from r1kern.model import transformer_engine
 from r1kern.model.attention import (
     DuplicatedLinear,
     LatentNorm,
@@ -66,17 +67,31 @@ class DeepSeekV3(GPTModel):
         return whole.flatten(0, 1)
 
 
-def build_model(config: MLATransformerConfig, *, vocab_size: int, max_positions: int) -> DeepSeekV3:
+def build_model(
+    config: MLATransformerConfig,
+    *,
+    vocab_size: int,
+    max_positions: int,
+    with_transformer_engine: bool = False,
+) -> DeepSeekV3:
     """This rank's pipeline stage, initialised from torch's random state.
 
     Args:
         config: from `hf_config.to_megatron_config`.
         vocab_size: rows of the embedding and of the head; must divide by the TP size.
         max_positions: longest sequence.
+        with_transformer_engine: take its attention, norms and linears.
+
+    Raises:
+        UserError: Transformer Engine is asked for and absent.
     """
+    spec = _block_spec(config)
+    if with_transformer_engine:
+        transformer_engine.check()
+        spec = transformer_engine.substitute(spec, transformer_engine.wrappers())
     model = DeepSeekV3(
         config,
-        _block_spec(config),
+        spec,
         vocab_size=vocab_size,
         max_sequence_length=max_positions,
         pre_process=mpu.is_pipeline_first_stage(),

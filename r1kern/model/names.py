@@ -122,8 +122,8 @@ def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]
     experts = model.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
     first_expert = mpu.get_expert_model_parallel_rank() * experts
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor):
-            continue  # Megatron's `_extra_state` entries
+        if name.endswith("_extra_state"):
+            continue  # Megatron's (None) and Transformer Engine's (bytes as a tensor)
         if name in _OUTSIDE:
             yield name, tensor.data, _OUTSIDE[name]
             continue

@@ -90,7 +90,10 @@ class Policy:
             ),
         )
         self.model = build_model(
-            self.config, vocab_size=self.hf.vocab_size, max_positions=model.max_positions
+            self.config,
+            vocab_size=self.hf.vocab_size,
+            max_positions=model.max_positions,
+            with_transformer_engine=model.transformer_engine,
         )
         if model.init == "load":
             import_weights(self.model, SafetensorsReader(model.path))
