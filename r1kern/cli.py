@@ -89,6 +89,7 @@ def _start(options):
         pp=parallel.pp,
         seed=options.run.seed,
         deadline_s=options.run.deadline_s,
+        record_folder=Path(options.run.folder) / "collectives",
     )
 
 

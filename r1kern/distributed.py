@@ -11,11 +11,13 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from r1kern import nccl
 from r1kern.errors import UserError
 
 
@@ -47,7 +49,13 @@ class World:
 
 
 def start(
-    *, tp: int = 1, ep: int = 1, pp: int = 1, seed: int = 0, deadline_s: float = 600.0
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    pp: int = 1,
+    seed: int = 0,
+    deadline_s: float = 600.0,
+    record_folder: str | Path | None = None,
 ) -> World:
     """Join the torchrun world (or a world of one) and build Megatron's process groups.
 
@@ -59,6 +67,7 @@ def start(
             size is what remains of the world.
         seed: seeds python, numpy and torch, and Megatron's model-parallel generators.
         deadline_s: seconds after which any collective fails instead of waiting on.
+        record_folder: where a hang leaves the last collectives of each rank.
 
     Raises:
         UserError: the layout does not divide the world size, or a local rank has no GPU.
@@ -72,14 +81,21 @@ def start(
             f"be a multiple of tp*pp={tp * pp} and of ep*pp={ep * pp}; change parallel.* or "
             f"--nproc-per-node"
         )
+    nccl.set_environment(tp=tp, record_folder=record_folder)
     device = _choose_device(local_rank, local_size)
     if not dist.is_initialized():
+        # Bound to its GPU, NCCL connects at once (a broken network shows here, not at some later
+        # collective) and takes the groups made later as splits of this one.
+        bound = {"device_id": device} if device.type == "cuda" else {}
+        if record_folder is not None and device.type == "cuda":  # its watchdog makes no folder
+            Path(record_folder).mkdir(parents=True, exist_ok=True)
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0}
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             world_size=size,
             timeout=timedelta(seconds=deadline_s),
             **alone,
+            **bound,
         )
     _build_groups(tp, ep, pp, deadline_s)
     seed_all(seed)
@@ -162,6 +178,9 @@ def deadline(phase: str, seconds: float):
             flush=True,
         )
         faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback_later(10, exit=True)  # the record must not hang in its turn
+        if (path := nccl.dump_collectives()) is not None:
+            print(f"r1kern: collectives of rank {rank}: {path}", file=sys.stderr, flush=True)
         os._exit(75)
 
     timer = threading.Timer(seconds, abort)

@@ -1,8 +1,8 @@
 """Transformer Engine in place of our norms, linears and attention, through the layer specs.
 
-The specs of `model.gpt` name our classes; `substitute` names Transformer Engine's in their stead, by
-Megatron-core's own wrappers.  Router, experts, dispatcher and head stay ours.  Every parameter keeps
-its name: the wrappers that fuse a norm into the next linear would rename it and are not used.
+The specs of `model.gpt` name our classes; `substitute` names Transformer Engine's in their stead,
+by Megatron-core's own wrappers.  Router, experts, dispatcher and head stay ours.  Every parameter
+keeps its name: the wrappers that fuse a norm into the next linear would rename it and are not used.
 """
 
 from __future__ import annotations

@@ -1,0 +1,16 @@
+"""Rank 1 never joins the last collective; rank 0 waits for it past its deadline."""
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from r1kern import distributed
+
+world = distributed.start(record_folder=sys.argv[1])
+dist.all_reduce(torch.ones(3))
+if world.rank == 1:
+    time.sleep(60)
+with distributed.deadline("the phase that hangs", 1.0):
+    dist.all_reduce(torch.ones(5))
