@@ -13,6 +13,7 @@ import torch.distributed as dist
 from r1kern.config import SFTConfig, TrainConfig, dump_config
 from r1kern.distributed import World
 from r1kern.errors import Interrupted, UserError
+from r1kern.report.device import Meter
 from r1kern.report.ledger import Ledger
 from r1kern.report.metrics import MetricsLog
 from r1kern.train.checkpoint import Checkpoints
@@ -59,7 +60,7 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
     log = MetricsLog(
         folder, total_steps=options.steps, first_step=first, active=trainer.world.is_main
     )
-    saved = first
+    saved, meter = first, Meter(trainer.world)
     with _stop_requests(trainer.world) as stop_requested:
         try:
             trainer.ledger.close_step()  # what building took belongs to no step
@@ -73,6 +74,7 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
                     with trainer.ledger("save"):
                         checkpoints.save(policy, done, trainer.state())
                     saved = done
+                metrics |= meter.step()
                 seconds = trainer.ledger.close_step()
                 metrics["tokens_per_s"] = metrics["tokens"] / seconds["step"]
                 log.step(step, metrics, seconds)
