@@ -163,17 +163,27 @@ def bench(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine and say what to do."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="a list of findings")] = False,
+) -> None:
+    """Check this machine and say what to do; exit code 1 where something is to be mended."""
+    import json
+
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from r1kern.doctor import report
 
     checks = report()
-    table = Table("", "check", "found", "remedy")
-    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]--[/]"}
-    for check in checks:
-        table.add_row(marks[check.ok], check.name, check.found, check.remedy)
-    Console().print(table)
+    if as_json:
+        fields = ("name", "state", "found", "remedy")
+        print(json.dumps([{f: getattr(c, f) for f in fields} for c in checks], indent=1))
+    else:
+        table = Table("", "check", "found", "remedy")
+        marks = {True: "[green]ok[/]", False: "[red]problem[/]", None: "[dim]--[/]"}
+        for check in checks:
+            row = (check.name, check.found, check.remedy)
+            table.add_row(marks[check.ok], *map(escape, row))
+        Console().print(table)
     raise typer.Exit(1 if any(check.ok is False for check in checks) else 0)

@@ -1,4 +1,4 @@
-"""Readings of the machine: real host memory, NVML's real absence here, its bits by its constants."""
+"""Readings of the machine: real host memory, NVML's absence here, its bits by its constants."""
 
 import logging
 import math

@@ -1,7 +1,7 @@
 """What the machines did during a step: GPU memory, power, clocks and throttling, host memory.
 
-GPU figures are torch's and NVML's (`nvidia-ml-py`).  A reading that fails is said once and left out;
-it never stops the run.
+GPU figures are torch's and NVML's (`nvidia-ml-py`).  A reading that fails is said once and left
+out; it never stops the run.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def summarise(table: dict[str, list[float]]) -> dict[str, float]:
     """Metrics of the step from every rank's value, NaN where a rank has none."""
     present = {k: [v for v in values if v == v] for k, values in table.items()}
     metrics = {
-        name: reduce(present[name])
-        for name, reduce in (HOST | DEVICE).items()
-        if present.get(name)
+        name: reduce(present[name]) for name, reduce in (HOST | DEVICE).items() if present.get(name)
     }
     if present.get(BITS):
         words = [word for bits in present[BITS] for word in decode(int(bits))]

