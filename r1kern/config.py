@@ -109,7 +109,7 @@ class Generator(_Section):
 
     max_seqs: Positive = 256  # completions decoded at the same time
     kv_cache_gib: float = Field(1.0, gt=0)  # per rank
-    enforce_eager: bool = True  # no CUDA graphs
+    enforce_eager: bool = True  # false: CUDA graphs for decoding (the trainer has none: ragged)
     sleep: bool = True  # weights and cache leave the GPU while the trainer works (CUDA)
     fp8: bool = False  # weights in 128 x 128 blocks of e4m3 (CUDA)
     sync_bucket_mib: Positive = 1024  # gathered weights in flight during a sync

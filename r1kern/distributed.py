@@ -179,8 +179,8 @@ def deadline(phase: str, seconds: float):
         )
         faulthandler.dump_traceback(all_threads=True)
         faulthandler.dump_traceback_later(10, exit=True)  # the record must not hang in its turn
-        if (path := nccl.dump_collectives()) is not None:
-            print(f"r1kern: collectives of rank {rank}: {path}", file=sys.stderr, flush=True)
+        if (last := nccl.dump_collectives()) is not None:
+            print(f"r1kern: rank {rank}: {last}", file=sys.stderr, flush=True)
         os._exit(75)
 
     timer = threading.Timer(seconds, abort)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -30,18 +31,26 @@ def set_environment(*, tp: int, record_folder: str | Path | None = None) -> None
         os.environ.setdefault(DUMP, f"{record_folder}/rank_")
 
 
-def dump_collectives() -> Path | None:
-    """Write this rank's recorded collectives where `set_environment` said; None: nowhere.
+def dump_collectives() -> str | None:
+    """Write this rank's recorded collectives where `set_environment` said.
 
-    The file is a pickle; `torchfrtrace` (it comes with torch) reads the folder of all ranks and
-    says which rank did not join which collective.
+    The file is a pickle; of NCCL's, `torchfrtrace` (it comes with torch) reads all ranks' together
+    and says which rank did not join which collective.
+
+    Returns:
+        The last collective and the file, in a line; None where no folder was given.
     """
     prefix = os.environ.get(DUMP)
     if prefix is None or not dist.is_initialized():
         return None
     c10d = torch._C._distributed_c10d
-    dump = c10d._dump_nccl_trace if dist.get_backend() == "nccl" else c10d._dump_fr_trace
+    record = (c10d._dump_nccl_trace if dist.get_backend() == "nccl" else c10d._dump_fr_trace)()
     path = Path(f"{prefix}{dist.get_rank()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(dump())
-    return path
+    path.write_bytes(record)
+    last = pickle.loads(record)["entries"][-1:]
+    shown = [
+        f"#{entry['record_id']} {entry['profiling_name']} of {entry['input_sizes']}"
+        for entry in last
+    ]
+    return f"last collective: {shown[0] if shown else 'none'}; all: {path}"

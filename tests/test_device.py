@@ -53,8 +53,8 @@ def test_ranks_become_one_value_and_what_is_missing_is_left_out():
 
 @no_gpu
 def test_on_cpu_the_host_is_read():
-    meter = device.Meter(distributed.start())
-    metrics = meter.step()
+    metrics = device.Meter(distributed.start()).step()
+    distributed.shutdown()
     assert set(metrics) == set(device.HOST)
     assert metrics["host/rss_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, 0.1)
     assert metrics["host/available_gib"] < psutil.virtual_memory().total / 2**30

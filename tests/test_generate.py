@@ -118,6 +118,11 @@ def test_needs_the_trainers_process_group(root):
         build(root / "a")
 
 
+def test_cuda_graphs_are_refused_without_a_gpu(root):
+    with pytest.raises(UserError, match="enforce_eager=false"):
+        build(root / "a", enforce_eager=False)
+
+
 def test_update_equals_a_fresh_engine_from_disk(sampled, synced, latent):
     assert sampled["updated"] == synced["fresh"]
     assert synced["exact, yarn"]

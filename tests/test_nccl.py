@@ -33,8 +33,8 @@ def test_a_hang_leaves_the_collectives_of_the_rank_that_waited(tmp_path):
         timeout=120,
     )
     assert done.returncode != 0
-    assert "rank 0 waited over 1 s for 'the phase that hangs'" in done.stderr
-    assert f"collectives of rank 0: {folder}/rank_0" in done.stderr
+    assert "the phase that hangs" in done.stderr
+    assert "rank 0: last collective: #1 gloo:all_reduce of [[5]]; all: " in done.stderr
     entries = pickle.loads((folder / "rank_0").read_bytes())["entries"]
     reduced = [e["input_sizes"] for e in entries if e["profiling_name"] == "gloo:all_reduce"]
     assert reduced == [[[3]], [[5]]]

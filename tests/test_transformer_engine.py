@@ -19,7 +19,8 @@ def te():
     distributed.start()
     from r1kern.model import transformer_engine
 
-    return transformer_engine
+    yield transformer_engine
+    distributed.shutdown()
 
 
 @pytest.fixture

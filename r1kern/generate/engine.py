@@ -59,14 +59,15 @@ class Generator:
         tensor_parallel: ranks of one engine.
         tokenizer: a transformers tokenizer; without one the completions' texts stay empty.
         load_weights: read the folder's weights; otherwise the first `sync` brings them.
-        enforce_eager: no CUDA graphs and no compilation.
+        enforce_eager: no CUDA graphs (of the decoding steps) and no compilation; must hold on CPU.
         prefix_caching: compute the prompt of a group once (not with MLA on CPU).
         trust_remote_code: run Python code that comes with the model.
     Attributes:
         version: updates that the weights have received; None when there are none (before the
             first sync without `load_weights`, after `close` or a sync that failed).
     Raises:
-        UserError: torch.distributed is not initialised, or (CPU) another vLLM is installed.
+        UserError: torch.distributed is not initialised, or (CPU) another vLLM is installed or CUDA
+            graphs are asked for.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class Generator:
         prefix_caching: bool = False,
         trust_remote_code: bool = False,
     ):
+        if device == "cpu" and not enforce_eager:
+            raise UserError(
+                "generator.enforce_eager=false captures CUDA graphs, and there is no GPU: leave it "
+                "at true"
+            )
         if not torch.distributed.is_initialized():
             # vLLM would make the default group its own, and the trainer's collectives silently
             # would reduce over one rank
