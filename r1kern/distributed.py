@@ -86,12 +86,13 @@ def start(
         )
     device = _choose_device(local_rank, local_size)
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0}
+        timeout = timedelta(seconds=deadline_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=_meet(timeout) if "RANK" in os.environ else dist.HashStore(),
+            rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=deadline_s),
-            **alone,
+            timeout=timeout,
         )
         _watch_each_other(rank, size, deadline_s)
     if config is not None:
@@ -153,10 +154,26 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _meet(timeout: timedelta) -> dist.Store:
+    """The store through which the processes of this start of the job find each other.
+
+    torchrun keeps its own store over a restart, where the keys of the start before mislead gloo and
+    NCCL (pytorch issue 135712); it numbers the starts alike only on the ranks of one machine.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if kept and restarts and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "torchrun --max-restarts on several machines starts nothing twice unless "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set in its environment: set it"
+        )
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else ""
+    return dist.PrefixStore(f"start{start}", store)
+
+
 def _store() -> dist.Store:
-    """The job's key-value store; torchrun may keep it over a restart, hence the prefix."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"r1kern/{attempt}", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore("r1kern", dist.distributed_c10d._get_default_store())
 
 
 def _watch_each_other(rank: int, size: int, deadline_s: float) -> None:

@@ -69,13 +69,15 @@ def deadline(name: str, seconds: float):
 def abort(why: str) -> None:
     """End this process at once, with one line, every thread's stack and exit status 75."""
     rank = os.environ.get("RANK", "0")
-    print(
-        f"r1kern: rank {rank} in phase '{phase()}': {why}. Stacks follow.",
-        file=sys.stderr,
-        flush=True,
-    )
-    faulthandler.dump_traceback(all_threads=True)
-    os._exit(EXIT_CODE)
+    try:
+        print(
+            f"r1kern: rank {rank} in phase '{phase()}': {why}. Stacks follow.",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+    finally:  # whoever read stderr may be gone too
+        os._exit(EXIT_CODE)
 
 
 class Heartbeat:

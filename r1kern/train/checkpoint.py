@@ -168,8 +168,8 @@ class Checkpoints:
         try:
             torch.save(random_state, scratch / f"random_{rank}.pt")
             mine = write_files(snapshot), None
-        except FAILURES as error:
-            mine = None, f"rank {rank}: {_one_line(error)}"
+        except Exception as error:  # whatever it is, the ranks that wait must hear of it
+            mine = None, f"rank {rank}: {type(error).__name__}: {_one_line(error)}"
         try:
             dist.gather_object(mine, everybody if rank == 0 else None, 0, self._group)
             failure = [self._publish(final, snapshot, everybody, state) if rank == 0 else None]

@@ -148,7 +148,7 @@ def _begin(trainer: Trainer, folder: Path, checkpoints: Checkpoints, resume: boo
     """Claim the folder; the number of steps already done."""
     agree("the training data", trainer.state())
     latest = checkpoints.latest()
-    if latest is not None and not (resume or _restarted(folder)):
+    if latest is not None and not (resume or _restarted(trainer, folder)):
         raise UserError(
             f"{folder} already holds a run ({latest.name}): pass --resume to continue it or set "
             f"run.folder to another folder"
@@ -174,11 +174,15 @@ def _job() -> str:
     return os.environ.get("TORCHELASTIC_RUN_ID", "none")
 
 
-def _restarted(folder: Path) -> bool:
-    """torchrun has started this job again, and its first start had claimed the folder."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    claimed = folder / JOB
-    return again and _job() != "none" and claimed.is_file() and claimed.read_text() == _job()
+def _restarted(trainer: Trainer, folder: Path) -> bool:
+    """torchrun has started this job again, and an earlier start had claimed the folder."""
+    # On several machines only the one that failed counts its restart.
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarts = torch.tensor([float(count)], device=trainer.world.device)
+    dist.all_reduce(restarts, op=dist.ReduceOp.MAX)
+    claim = folder / JOB
+    claimed = claim.is_file() and claim.read_text() == _job() != "none"
+    return restarts.item() > 0 and claimed
 
 
 def _evaluate(trainer: Trainer, log: MetricsLog, step: int) -> None:

@@ -10,6 +10,7 @@ tensors, in the background or not), "publish" (before the checkpoint gets its na
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -75,6 +76,7 @@ def dying(function, trainer, die, *, calls: int):
     """`function`, which dies in its `calls`-th call after the fourth step."""
     left = iter(range(calls - 1))
 
+    @functools.wraps(function)  # Megatron looks at its signature
     def wrapped(*args, **kwargs):
         if trainer.done == 4 and next(left, None) is None:
             die()
