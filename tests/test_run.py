@@ -144,9 +144,17 @@ def test_kill_at_every_phase(whole, model, tmp_path):
     assert_equal_runs(tmp_path / "run", whole)
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(model, tmp_path):
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_resume_goes_on(model, tmp_path):
     folder = tmp_path / "run"
     more = ["train.steps=500", "parallel.tp=2", "parallel.generator_tp=2", "train.save_every=0"]
+    done = stopped(model, folder, signal.SIGINT, 2, *more)
+    again = stopped(model, folder, signal.SIGTERM, done + 1, *more, "--resume")
+    assert again > done >= 2
+    assert [r["step"] for r in read_metrics(folder)] == list(range(again))
+
+
+def stopped(model, folder, number: int, steps: int, *more) -> int:
+    """Steps in the checkpoint of a run that was sent a signal after `steps` of them."""
     with subprocess.Popen(
         command(2, WORKER, "-", *arguments(model, folder, *more)),
         env=environment(),
@@ -155,16 +163,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(model, tmp_path):
         text=True,
         start_new_session=True,
     ) as run:
-        wait_for(folder / "metrics.jsonl", lines=2)
-        run.send_signal(signal.SIGINT)
+        wait_for(folder / "metrics.jsonl", lines=steps)
+        run.send_signal(number)
         output, _ = run.communicate(timeout=120)
     assert "continue with --resume" in output
-    (checkpoint,) = (folder / "checkpoints").iterdir()
-    done = json.loads((checkpoint / "state.json").read_text())["step"]
-    assert done >= 2
-    more[0] = f"train.steps={done + 1}"
-    torchrun(2, WORKER, "-", *arguments(model, folder, *more, "--resume"))
-    assert [r["step"] for r in read_metrics(folder)] == list(range(done + 1))
+    checkpoint = sorted((folder / "checkpoints").iterdir())[-1]
+    return json.loads((checkpoint / "state.json").read_text())["step"]
 
 
 def wait_for(path, *, lines: int, seconds: float = 300) -> None:

@@ -220,6 +220,7 @@ class Checkpoints:
             ) from error
         policy.model.load_state_dict(loaded["model"], strict=False)
         policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.scheduler.num_steps = 0  # its `load_state_dict` adds to it
         policy.scheduler.load_state_dict(state["scheduler"])
         policy.version = state["version"]
         mine = path / f"random_{dist.get_rank()}.pt"
