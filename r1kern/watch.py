@@ -118,6 +118,11 @@ class Heartbeat:
         count = 0
         while not self._left.wait(self._period):
             count += 1
+            # A store on a machine that has gone does not even refuse.
+            unanswered = f"the store, or the machine it is on, gave no answer in {self._patience} s"
+            timer = threading.Timer(self._patience, abort, [unanswered])
+            timer.daemon = True
+            timer.start()
             try:
                 self._beat(count)
                 silent = self._silent() or self._verdict()
@@ -125,6 +130,7 @@ class Heartbeat:
                     self._store.set("beat/silent", silent)
             except RuntimeError as error:  # what the store's client raises
                 silent = f"the store is gone, and the process or machine that held it ({error})"
+            timer.cancel()
             if silent:
                 abort(silent)
 
