@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from r1kern.errors import Interrupted, UserError
+from r1kern.watch import deadline
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -29,14 +32,20 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; returns the exit code.
-
-    A `UserError` is one line on stderr and exit code 2, an interruption after its checkpoint 130.
-    """
+    """Run one command; returns the exit code, see `guarded`."""
     warnings.filterwarnings("ignore")  # the libraries' notes on deprecations are not for our users
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    return guarded(lambda: app(arguments))
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command to its exit code.
+
+    A `UserError` is one line on stderr and exit code 2, an interruption after its checkpoint 130
+    (Ctrl-C) or 143 (SIGTERM), as shells count signals.
+    """
     try:
-        app(arguments)
+        command()
     except SystemExit as done:  # how typer ends, bad usage included
         return done.code or 0
     except UserError as error:
@@ -48,8 +57,11 @@ def run(arguments: list[str]) -> int:
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"r1kern: {stop}", file=sys.stderr)
-        return 130
-    raise AssertionError("typer returned")
+        return 128 + stop.signal
+    except Exception:  # not left to the interpreter, which would wait for the libraries' threads
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 @app.command()
@@ -61,7 +73,9 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
     world = _start(options)
     from r1kern.train.grpo import GRPO
 
-    _run(GRPO(options, world), resume)
+    with deadline("building model and generator", options.run.deadline_s):
+        trainer = GRPO(options, world)
+    _run(trainer, resume)
 
 
 @app.command()
@@ -73,11 +87,15 @@ def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> 
     world = _start(options)
     from r1kern.train.sft import SFT
 
-    _run(SFT(options, world), resume)
+    with deadline("building model", options.run.deadline_s):
+        trainer = SFT(options, world)
+    _run(trainer, resume)
 
 
 def _start(options):
-    from r1kern import distributed
+    import torch
+
+    from r1kern import __version__, distributed
     from r1kern.model.hf_config import check_layout, read_hf_config
 
     parallel = options.parallel
@@ -90,6 +108,8 @@ def _start(options):
         seed=options.run.seed,
         deadline_s=options.run.deadline_s,
         record_folder=Path(options.run.folder) / "collectives",
+        config={"r1kern": __version__, "torch": torch.__version__}
+        | options.model_dump(mode="json"),
     )
 
 

@@ -1,14 +1,12 @@
-"""Start-up of one `torchrun` process: world, device, process groups, seeds, deadlines."""
+"""Start-up of one `torchrun` process: world, device, process groups, seeds, agreement."""
 
 from __future__ import annotations
 
-import faulthandler
+import itertools
+import json
 import math
 import os
 import random
-import sys
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +17,12 @@ import torch.distributed as dist
 
 from r1kern import nccl
 from r1kern.errors import UserError
+from r1kern.watch import Heartbeat
+
+PATIENCE_S = 30.0  # without a sign of life from a rank
+
+_heartbeat: Heartbeat | None = None
+_agreements = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def start(
     seed: int = 0,
     deadline_s: float = 600.0,
     record_folder: str | Path | None = None,
+    config: dict | None = None,
 ) -> World:
     """Join the torchrun world (or a world of one) and build Megatron's process groups.
 
@@ -68,9 +73,11 @@ def start(
         seed: seeds python, numpy and torch, and Megatron's model-parallel generators.
         deadline_s: seconds after which any collective fails instead of waiting on.
         record_folder: where a hang leaves the last collectives of each rank.
+        config: JSON values that every rank must have alike.
 
     Raises:
-        UserError: the layout does not divide the world size, or a local rank has no GPU.
+        UserError: the layout does not divide the world size, a local rank has no GPU, or `config`
+            differs between ranks.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -89,14 +96,18 @@ def start(
         bound = {"device_id": device} if device.type == "cuda" else {}
         if record_folder is not None and device.type == "cuda":  # its watchdog makes no folder
             Path(record_folder).mkdir(parents=True, exist_ok=True)
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0}
+        timeout = timedelta(seconds=deadline_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=_meet(timeout) if "RANK" in os.environ else dist.HashStore(),
+            rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=deadline_s),
-            **alone,
+            timeout=timeout,
             **bound,
         )
+        _watch_each_other(rank, size, deadline_s)
+    if config is not None:
+        agree("the options", config)
     _build_groups(tp, ep, pp, deadline_s)
     seed_all(seed)
     from megatron.core import parallel_state as mpu
@@ -154,39 +165,92 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _meet(timeout: timedelta) -> dist.Store:
+    """The store through which the processes of this start of the job find each other.
+
+    torchrun keeps its own store over a restart, where the keys of the start before mislead gloo and
+    NCCL (pytorch issue 135712); it numbers the starts alike only on the ranks of one machine.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if kept and restarts and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "torchrun --max-restarts on several machines starts nothing twice unless "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set in its environment: set it"
+        )
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else ""
+    return dist.PrefixStore(f"start{start}", store)
+
+
+def _store() -> dist.Store:
+    return dist.PrefixStore("r1kern", dist.distributed_c10d._get_default_store())
+
+
+def _watch_each_other(rank: int, size: int, deadline_s: float) -> None:
+    global _heartbeat
+    if size > 1:
+        _heartbeat = Heartbeat(_store(), rank, size, patience_s=min(PATIENCE_S, deadline_s))
+
+
+def agree(name: str, value: dict) -> None:
+    """Fail on every rank unless all of them hold the same `value`; collective, through the store.
+
+    Args:
+        name: what it is, for the message.
+        value: JSON values by name, nested.
+
+    Raises:
+        UserError: names the ranks that differ from rank 0 and the first keys in which they do.
+    """
+    if dist.get_world_size() == 1:
+        return
+    store, rank = _store(), dist.get_rank()
+    key = f"agree/{next(_agreements)}"
+    store.set(f"{key}/{rank}", json.dumps(value))
+    if rank == 0:
+        others = store.multi_get([f"{key}/{r}" for r in range(dist.get_world_size())])
+        store.set(f"{key}/verdict", _differences(name, [json.loads(o) for o in others]))
+    verdict = store.get(f"{key}/verdict").decode()
+    if verdict:
+        raise UserError(verdict)
+
+
+def _differences(name: str, values: list[dict]) -> str:
+    first = _flat(values[0])
+    different = {r: _flat(v) for r, v in enumerate(values) if _flat(v) != first}
+    if not different:
+        return ""
+    rank, other = next(iter(different.items()))
+    keys = [k for k in {**first, **other} if first.get(k) != other.get(k)]
+    shown = "; ".join(
+        f"{key} is {other.get(key)} on rank {rank} and {first.get(key)} on rank 0"
+        for key in keys[:3]
+    )
+    more = f"; {len(keys) - 3} more" if len(keys) > 3 else ""
+    ranks = f"rank{'s' * (len(different) > 1)} {', '.join(map(str, different))}"
+    return (
+        f"{name} of {ranks} and of rank 0 differ: {shown}{more}. Start all ranks with the same "
+        f"files, overrides and versions"
+    )
+
+
+def _flat(value: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = inner
+    return flat
+
+
 def shutdown() -> None:
-    """Leave the process groups; safe to call twice."""
+    """Leave the process groups, all ranks together; safe to call twice."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
+        dist.barrier()  # rank 0 may hold the store
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextmanager
-def deadline(phase: str, seconds: float):
-    """Abort the process, naming `phase` and this rank, when the block takes over `seconds`.
-
-    A hang inside native code (a collective, the generator) cannot be interrupted from Python, so
-    the process prints every thread's stack and exits with status 75; torchrun then ends the other
-    ranks and the last checkpoint stands.
-    """
-
-    def abort():
-        rank = os.environ.get("RANK", "0")
-        print(
-            f"r1kern: rank {rank} waited over {seconds:.0f} s for '{phase}'; stacks follow. Raise "
-            f"run.deadline_s if this phase is only slow.",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        faulthandler.dump_traceback_later(10, exit=True)  # the record must not hang in its turn
-        if (last := nccl.dump_collectives()) is not None:
-            print(f"r1kern: rank {rank}: {last}", file=sys.stderr, flush=True)
-        os._exit(75)
-
-    timer = threading.Timer(seconds, abort)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -6,4 +6,12 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has written its checkpoint; exit code 130."""
+    """The run was asked to stop and has written its checkpoint.
+
+    Attributes:
+        signal: SIGINT (Ctrl-C) or SIGTERM (preemption); the exit code is 128 plus its number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -11,20 +11,21 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-def command(processes: int, *arguments: str) -> list[str]:
+def command(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
     """`torchrun` as a list of words; a module or script with its arguments follows."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={processes}", *map(str, arguments)]
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    return [*launcher, *options, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
 
 
-def torchrun(processes: int, *arguments: str, timeout_s: float = 600) -> str:
+def torchrun(processes: int, *arguments: str, restarts: int = 0, timeout_s: float = 600) -> str:
     """The worker's output; a failing worker fails the test with it."""
     done = subprocess.run(
-        command(processes, *arguments),
+        command(processes, *arguments, restarts=restarts),
         env=environment(),
         capture_output=True,
         text=True,

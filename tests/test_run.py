@@ -61,7 +61,7 @@ def arguments(model, folder, *more) -> list[str]:
 def whole(model, tmp_path_factory):
     """An uninterrupted run with a KL term and two updates a batch."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    torchrun(2, WORKER, "0", *arguments(model, folder, *OPTIONS))
+    torchrun(2, WORKER, "-", *arguments(model, folder, *OPTIONS))
     return folder
 
 
@@ -110,45 +110,65 @@ def test_transformers_loads_the_result(whole, model):
     assert not torch.equal(before["lm_head.weight"], saved["lm_head.weight"])
 
 
-def test_killed_run_resumes_bit_equal(whole, model, tmp_path):
-    folder = tmp_path / "run"
-    killed = subprocess.run(
-        command(2, WORKER, "3", *arguments(model, folder, *OPTIONS)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
+def killed(model, folder, phases: list[str], *more) -> None:
+    """A run with one rank SIGKILLed in each of the phases in turn; torchrun starts it again."""
+    more = [*OPTIONS, *more]
+    torchrun(
+        2,
+        WORKER,
+        ",".join(phases),
+        *arguments(model, folder, *more),
+        restarts=len(phases),
+        timeout_s=120 * (1 + len(phases)),
     )
-    assert killed.returncode != 0
-    assert len(read_metrics(folder)) == 3, killed.stdout + killed.stderr
-    torchrun(2, WORKER, "0", *arguments(model, folder, *OPTIONS, "--resume"))
+    assert (folder / "kills").read_text().splitlines() == phases
+
+
+def assert_equal_runs(folder, whole) -> None:
     assert without_times(folder) == without_times(whole)
     resumed = load_file(folder / "model" / "model.safetensors")
     for name, tensor in load_file(whole / "model" / "model.safetensors").items():
         assert torch.equal(resumed[name], tensor), name
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(model, tmp_path):
+def test_killed_run_resumes_by_itself_bit_equal(whole, model, tmp_path):
+    killed(model, tmp_path / "run", ["update", "save"])
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.full
+def test_kill_at_every_phase(whole, model, tmp_path):
+    """In this order: what follows "gather" takes the rollouts up and does not sample again."""
+    phases = ["rollout", "reward", "gather", "pack", "old log-probs", "ref log-probs", "update"]
+    killed(model, tmp_path / "run", [*phases, "sync", "save", "save at once", "publish"])
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_resume_goes_on(model, tmp_path):
     folder = tmp_path / "run"
     more = ["train.steps=500", "parallel.tp=2", "parallel.generator_tp=2", "train.save_every=0"]
+    done = stopped(model, folder, signal.SIGINT, 2, *more)
+    again = stopped(model, folder, signal.SIGTERM, done + 1, *more, "--resume")
+    assert again > done >= 2
+    assert [r["step"] for r in read_metrics(folder)] == list(range(again))
+
+
+def stopped(model, folder, number: int, steps: int, *more) -> int:
+    """Steps in the checkpoint of a run that was sent a signal after `steps` of them."""
     with subprocess.Popen(
-        command(2, WORKER, "0", *arguments(model, folder, *more)),
+        command(2, WORKER, "-", *arguments(model, folder, *more)),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     ) as run:
-        wait_for(folder / "metrics.jsonl", lines=2)
-        run.send_signal(signal.SIGINT)
+        wait_for(folder / "metrics.jsonl", lines=steps)
+        run.send_signal(number)
         output, _ = run.communicate(timeout=120)
     assert "continue with --resume" in output
-    (checkpoint,) = (folder / "checkpoints").iterdir()
-    done = json.loads((checkpoint / "state.json").read_text())["step"]
-    assert done >= 2
-    more[0] = f"train.steps={done + 1}"
-    torchrun(2, WORKER, "0", *arguments(model, folder, *more, "--resume"))
-    assert [r["step"] for r in read_metrics(folder)] == list(range(done + 1))
+    checkpoint = sorted((folder / "checkpoints").iterdir())[-1]
+    return json.loads((checkpoint / "state.json").read_text())["step"]
 
 
 def wait_for(path, *, lines: int, seconds: float = 300) -> None:
@@ -162,7 +182,7 @@ def wait_for(path, *, lines: int, seconds: float = 300) -> None:
 def test_other_layouts_learn_from_the_same_first_batch(model, tmp_path, layout):
     """EP and PP share DP 1's data: one step each, mismatch within its bound."""
     folder = tmp_path / "run"
-    torchrun(2, WORKER, "0", *arguments(model, folder, "train.steps=1", *layout))
+    torchrun(2, WORKER, "-", *arguments(model, folder, "train.steps=1", *layout))
     (record,) = read_metrics(folder)
     assert 0 < record["max_mismatch"] < 1e-4
     assert record["weight_version"] == 1

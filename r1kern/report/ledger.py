@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager
 
-from r1kern.distributed import deadline
+from r1kern import watch
 
 
 class Ledger:
     """Splits a step's wall clock into named phases; what no phase claims is "other".
 
     Args:
-        deadline_s: a phase that takes longer aborts the process (see `distributed.deadline`).
+        deadline_s: a phase that takes longer aborts the process (see `watch.deadline`).
     """
 
     def __init__(self, deadline_s: float):
@@ -25,11 +26,13 @@ class Ledger:
         """Count the block as `phase`; an error within it is told which phase it was."""
         start = time.perf_counter()
         try:
-            with deadline(phase, self._deadline_s):
-                yield
-        except Exception as error:
-            error.add_note(f"r1kern: in phase '{phase}'")
-            raise
+            with watch.deadline(phase, self._deadline_s):
+                try:
+                    yield
+                except Exception as error:
+                    rank = os.environ.get("RANK", "0")
+                    error.add_note(f"r1kern: rank {rank} in phase '{watch.phase()}'")
+                    raise
         finally:
             spent = time.perf_counter() - start
             self._phases[phase] = self._phases.get(phase, 0.0) + spent

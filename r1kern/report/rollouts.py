@@ -9,13 +9,19 @@ from r1kern.types import Completion, Prompt, Rollout, Score
 
 
 def write_rollouts(path: str | Path, rollouts: list[Rollout]) -> None:
-    """One line per completion; `read_rollouts` reads them back."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("w", encoding="utf-8") as file:
+    """One line per completion; `read_rollouts` gives back equal records.
+
+    The file gets its name when it is whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
         for group, rollout in enumerate(rollouts):
             for i in range(len(rollout.completions)):
                 record = _record(group, rollout, i)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    scratch.rename(path)
 
 
 def _record(group: int, rollout: Rollout, index: int) -> dict:
@@ -29,7 +35,7 @@ def _record(group: int, rollout: Rollout, index: int) -> dict:
         "answer": rollout.prompt.answer,
         "completion": completion.text,
         "ids": completion.ids,
-        "logps": [round(p, 6) for p in completion.logps],
+        "logps": completion.logps,
         "finish": completion.finish,
         "terms": score.terms,
         "total": score.total,
@@ -40,9 +46,10 @@ def _record(group: int, rollout: Rollout, index: int) -> dict:
 def read_rollouts(path: str | Path) -> list[Rollout]:
     """The groups of a file that `write_rollouts` wrote."""
     groups: dict[int, list[dict]] = {}
-    for line in Path(path).read_text().splitlines():
-        record = json.loads(line)
-        groups.setdefault(record["group"], []).append(record)
+    with Path(path).open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            record = json.loads(line)
+            groups.setdefault(record["group"], []).append(record)
     return [
         Rollout(
             prompt=Prompt(g[0]["id"], tuple(g[0]["prompt_ids"]), g[0]["answer"], g[0]["prompt"]),
@@ -55,3 +62,15 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
         )
         for g in groups.values()
     ]
+
+
+def step_file(folder: str | Path, step: int) -> Path:
+    """Where a run keeps the rollouts of its `step`-th step, counted from 1."""
+    return Path(folder) / "rollouts" / f"step_{step:06d}.jsonl"
+
+
+def forget_rollouts(folder: str | Path, *, after: int) -> None:
+    """Remove the files of steps beyond `after`, which an earlier process left."""
+    for path in (Path(folder) / "rollouts").glob("step_*.jsonl"):
+        if int(path.stem.removeprefix("step_")) > after:
+            path.unlink()

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import queue
 import random
 import shutil
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +23,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from r1kern.errors import UserError
+from r1kern.train.checkpoint_writer import Snapshot, take_snapshot, write_files, write_index
 from r1kern.train.policy import Policy
 
 STATE = "state.json"
+SCRATCH = ".tmp"
 
 # What a file that cannot be written or read comes as, from torch and Megatron.
 FAILURES = (
@@ -41,25 +45,54 @@ FAILURES = (
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run; made and used by all ranks together.
+
+    What continuing needs and where it is:
+
+    * weights, expert biases, master weights, moments, the optimizer's step: Megatron's files,
+      which any layout of the same model can load;
+    * learning-rate schedule, weight version, step (which places the metrics), and what the loop's
+      `state` adds (data cursor and its data set, sampling options): `state.json`;
+    * python, numpy, torch and CUDA random states of every rank: `random_RANK.pt`, used when the
+      world has the size it had;
+    * not here: the reference model, which is read from `model.path` again, and the graded rollouts
+      of the step in work, which lie in the run's `rollouts/` (see `GRPO.restore`).
 
     Args:
         folder: of the run; they live in its `checkpoints/`.
         keep_last: older ones are removed after a save.
+        background: `save` returns once the state is copied to host memory, and a thread writes it.
+        deadline_s: how long a rank's writing waits for the others'.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int):
+    def __init__(
+        self, folder: Path, *, keep_last: int, background: bool = False, deadline_s: float = 600.0
+    ):
         self.folder = folder / "checkpoints"
         self._keep_last = keep_last
+        self._background = background
+        # The writing threads agree through a group of their own, beside the trainer's collectives.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=deadline_s))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
+        return (self._whole() or [None])[-1]
+
+    def _whole(self) -> list[Path]:
         found = sorted(self.folder.glob("step_[0-9]*"))
-        found = [path for path in found if path.is_dir() and not path.name.endswith(".tmp")]
-        return found[-1] if found else None
+        return [path for path in found if path.is_dir() and path.suffix != SCRATCH]
+
+    @property
+    def in_flight(self) -> bool:
+        """A save has begun that `finish` has not seen the end of."""
+        return self._writing is not None
 
     def save(self, policy: Policy, step: int, state: dict) -> None:
         """Write everything that continuing after `step` steps needs; collective.
+
+        An earlier save that is still being written is waited for.
 
         Args:
             state: JSON values of the loop (data cursor, ...).
@@ -67,40 +100,102 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or not writable; earlier checkpoints stand.
         """
+        self.finish()
         final = self.folder / f"step_{step:06d}"
-        scratch = final.with_suffix(".tmp")
+        extra = {
+            "step": step,
+            "version": policy.version,
+            "world_size": dist.get_world_size(),
+            "scheduler": policy.scheduler.state_dict(),
+        }
         try:
-            self._write(policy, scratch, {"step": step, **state})
+            snapshot = self._snapshot(policy, final.with_suffix(SCRATCH))
         except FAILURES as error:
-            kept = self.latest()
-            raise UserError(
-                f"checkpoint {final} could not be written ({_one_line(error)}): free some space "
-                f"and --resume; the last good checkpoint is {kept or 'none'}"
-            ) from error
+            raise self._failure(final, _one_line(error)) from error
+        random_state = _random_state()
+        future = self._thread.submit(
+            self._write, final, snapshot, random_state, json.dumps({**state, **extra})
+        )
+        self._writing = _Writing(final, future, policy.world.device)
+        if not self._background:
+            self.finish()
+
+    def finish(self, *, wait: bool = True) -> None:
+        """See a save in flight through, or, without `wait`, look whether it is done; collective.
+
+        Raises:
+            UserError: it could not be written; earlier checkpoints stand.
+        """
+        if self._writing is None:
+            return
+        final, future, device = self._writing
+        if wait:
+            futures.wait([future])
+        done = torch.tensor([float(future.done())], device=device)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        if not done.item():
+            return
+        self._writing = None
+        failure = future.result()
+        if failure:
+            raise self._failure(final, failure)
+
+    def close(self) -> None:
+        """Let this rank's part of a save in flight end; for a run that ends by an error."""
+        self._thread.shutdown(wait=True)
+
+    def _failure(self, final: Path, why: str) -> UserError:
+        return UserError(
+            f"checkpoint {final} could not be written ({why}): free some space and --resume; "
+            f"the last good checkpoint is {self.latest() or 'none'}"
+        )
+
+    def _snapshot(self, policy: Policy, scratch: Path) -> Snapshot:
         if dist.get_rank() == 0:
+            for left in self.folder.glob(f"*{SCRATCH}"):  # of a process that was killed
+                shutil.rmtree(left)
+        dist.barrier()
+        scratch.mkdir(parents=True, exist_ok=True)
+        live = [*policy.model.parameters(), *policy.model.buffers()]
+        return take_snapshot(_sharded_state(policy, loading=False), scratch, live)
+
+    # -- in the thread ----------------------------------------------------------------------
+
+    def _write(self, final: Path, snapshot: Snapshot, random_state: dict, state: str) -> str | None:
+        """Write this rank's files; rank 0 publishes when all have. Why it failed, or None."""
+        scratch, rank = final.with_suffix(SCRATCH), dist.get_rank()
+        mine, everybody = (None, None), [None] * dist.get_world_size()
+        try:
+            torch.save(random_state, scratch / f"random_{rank}.pt")
+            mine = write_files(snapshot), None
+        except Exception as error:  # whatever it is, the ranks that wait must hear of it
+            mine = None, f"rank {rank}: {type(error).__name__}: {_one_line(error)}"
+        try:
+            dist.gather_object(mine, everybody if rank == 0 else None, 0, self._group)
+            failure = [self._publish(final, snapshot, everybody, state) if rank == 0 else None]
+            dist.broadcast_object_list(failure, 0, self._group)
+        except RuntimeError as error:  # another rank is gone or too slow
+            return f"rank {rank}: {_one_line(error)}"
+        return failure[0]
+
+    def _publish(self, final: Path, snapshot: Snapshot, results: list, state: str) -> str | None:
+        failed = [failure for _, failure in results if failure]
+        if failed:
+            return failed[0]
+        scratch = final.with_suffix(SCRATCH)
+        try:
+            write_index(snapshot, scratch, [result for result, _ in results])
+            (scratch / STATE).write_text(state)
+            _sync_to_disk(scratch)
             shutil.rmtree(final, ignore_errors=True)
             scratch.rename(final)
-            for old in sorted(self.folder.glob("step_[0-9]*"))[: -self._keep_last]:
+            for old in self._whole()[: -self._keep_last]:
                 shutil.rmtree(old)
-        dist.barrier()
+        except FAILURES as error:
+            return _one_line(error)
+        return None
 
-    def _write(self, policy: Policy, scratch: Path, state: dict) -> None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        dist.barrier()
-        _keep_results_in_process()
-        dist_checkpointing.save(_sharded_state(policy, loading=False), str(scratch))
-        torch.save(_random_state(), scratch / f"random_{dist.get_rank()}.pt")
-        dist.barrier()
-        if dist.get_rank() == 0:
-            extra = {
-                "version": policy.version,
-                "world_size": dist.get_world_size(),
-                "scheduler": policy.scheduler.state_dict(),
-            }
-            (scratch / STATE).write_text(json.dumps({**state, **extra}))
-            _sync_to_disk(scratch)
+    # -- back -------------------------------------------------------------------------------
 
     def load(self, policy: Policy, path: Path) -> dict:
         """Put the policy and this rank's random state where they were; returns the loop's state.
@@ -125,6 +220,7 @@ class Checkpoints:
             ) from error
         policy.model.load_state_dict(loaded["model"], strict=False)
         policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.scheduler.num_steps = 0  # its `load_state_dict` adds to it
         policy.scheduler.load_state_dict(state["scheduler"])
         policy.version = state["version"]
         mine = path / f"random_{dist.get_rank()}.pt"
@@ -133,22 +229,12 @@ class Checkpoints:
         return state
 
 
-def _keep_results_in_process() -> None:
-    """Give Megatron's writer a plain queue for its results.
+class _Writing(NamedTuple):
+    """A save in flight; `future` gives why it failed, or None."""
 
-    By default it starts a manager process for asynchronous saves, which costs seconds, imports the
-    user's `__main__` again and outlives a killed trainer.
-
-    Raises:
-        RuntimeError: Megatron's name for the queue has changed.
-    """
-    if not hasattr(filesystem_async, "_results_queue"):
-        raise RuntimeError(
-            "megatron.core.dist_checkpointing...filesystem_async._results_queue is gone: "
-            "r1kern/train/checkpoint.py must be brought up to date with the installed megatron-core"
-        )
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
+    final: Path
+    future: Future[str | None]
+    device: torch.device
 
 
 def _sharded_state(policy: Policy, *, loading: bool) -> dict:
@@ -234,6 +320,6 @@ def _sync_to_disk(folder: Path) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
+    if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from r1kern import ops
+from r1kern import ops, watch
 from r1kern.config import GRPO as Options
 from r1kern.config import TrainConfig
 from r1kern.data.dataset import load_prompts
@@ -27,7 +27,7 @@ from r1kern.eval.heldout import summarise
 from r1kern.generate.engine import Generator, Sampling
 from r1kern.model.names import hf_shapes
 from r1kern.report.ledger import Ledger
-from r1kern.report.rollouts import write_rollouts
+from r1kern.report.rollouts import read_rollouts, step_file, write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
 from r1kern.train.packing import pack
 from r1kern.train.policy import Head, Loss, Policy
@@ -104,20 +104,23 @@ class GRPO:
         )
         self.temperature = config.rollout.temperature
         self.rollouts: list[Rollout] = []
+        self._interrupted: list[Rollout] = []  # of the step in which the last process was killed
         self.done = 0
         self.sync()
 
     def step(self) -> dict[str, float]:
         """Sample, score, advantage, pack, update, sync; returns the step's metrics."""
         options, ledger = self.config.grpo, self.ledger
-        with ledger("rollout"):
-            prompts = self.prompts.next(self.config.rollout.prompts_per_step)
-            mine = self.generate(prompts, self.sampling, seed=self.done)
-        with ledger("reward"):
-            mine = score_rollouts(mine, self.config.rewards, extra=self._extra_rewards)
-        with ledger("gather"):
-            self.rollouts = self.gather(mine)
-            self._keep(f"step_{self.done + 1:06d}", self.rollouts)
+        prompts = self.prompts.next(self.config.rollout.prompts_per_step)
+        self.rollouts, self._interrupted = self._interrupted, []
+        if [r.prompt for r in self.rollouts] != prompts:
+            with ledger("rollout"):
+                mine = self.generate(prompts, self.sampling, seed=self.done)
+            with ledger("reward"):
+                mine = score_rollouts(mine, self.config.rewards, extra=self._extra_rewards)
+            with ledger("gather"):
+                self.rollouts = self.gather(mine)
+                self._keep(step_file(self.config.run.folder, self.done + 1), self.rollouts)
         with ledger("pack"):
             updates = [self.prepare(p) for p in split(self.rollouts, options.updates_per_batch)]
         if len(updates) > 1:
@@ -145,7 +148,9 @@ class GRPO:
         engine = self.world.rank // self.config.parallel.generator_tp
         # Distinct for every run seed, call and engine.
         seed = (self.config.run.seed * 1_000_003 + seed) * engines + engine
-        return self.generator.generate(prompts[engine::engines], sampling, seed % 2**63)
+        mine = prompts[engine::engines]
+        watch.at(f"{len(mine)} prompts from {mine[0].id}" if mine else "no prompts")
+        return self.generator.generate(mine, sampling, seed % 2**63)
 
     def gather(self, mine: list[Rollout]) -> list[Rollout]:
         """All engines' rollouts, on every rank in the same order."""
@@ -201,7 +206,7 @@ class GRPO:
     def sync(self):
         """The policy's weights into the generator, audited; returns the `SyncReport`."""
         return self.generator.sync(
-            self.policy.export(), hf_shapes(self.policy.hf), self.policy.version
+            watch.each(self.policy.export()), hf_shapes(self.policy.hf), self.policy.version
         )
 
     # -- around the steps -------------------------------------------------------------------
@@ -223,20 +228,53 @@ class GRPO:
             mine = self.generate(self.held_out, sampling, seed=2**31 + self.done)
             mine = score_rollouts(mine, {"accuracy": 1.0, "format": 0.0})
             rollouts = self.gather(mine)
-        self._keep(f"eval_{self.done:06d}", rollouts)
+        folder = Path(self.config.run.folder)
+        self._keep(folder / "rollouts" / f"eval_{self.done:06d}.jsonl", rollouts)
         return summarise(rollouts)
 
-    def _keep(self, name: str, rollouts: list[Rollout]) -> None:
+    def _keep(self, path: Path, rollouts: list[Rollout]) -> None:
         if self.world.is_main:
-            write_rollouts(Path(self.config.run.folder) / "rollouts" / f"{name}.jsonl", rollouts)
+            write_rollouts(path, rollouts)
 
     def state(self) -> dict:
-        return {"prompts": self.prompts.state()}
+        return {"prompts": self.prompts.state(), "sampled_by": self._sampled_by()}
 
     def restore(self, state: dict) -> None:
+        """Go on after the checkpoint that `state` is of.
+
+        Graded rollouts of the step that was in work are taken up where they are what would be
+        sampled again: from this checkpoint's weights, with the same prompts, options and seed.
+        """
         self.prompts.restore(state["prompts"])
         self.done = state["step"]
         self.sync()
+        if state.get("sampled_by") == self._sampled_by():
+            self._interrupted = self._read_interrupted()
+
+    def _sampled_by(self) -> dict:
+        """Everything but weights and prompts that graded rollouts depend on, as JSON values."""
+        config = self.config
+        engines = self.world.size // config.parallel.generator_tp
+        return {
+            "engines": engines,
+            "seed": config.run.seed,
+            "rewards": config.rewards,
+            "rollout": config.rollout.model_dump(mode="json"),
+            "generator": config.generator.model_dump(mode="json"),
+            "model": config.model.model_dump(mode="json"),
+        }
+
+    def _read_interrupted(self) -> list[Rollout]:
+        """The interrupted step's rollouts, read by rank 0; none when it had not got so far."""
+        # The generator's expert choice, where it is replayed, is not in the file.
+        path = step_file(self.config.run.folder, self.done + 1)
+        read = [[]]
+        if self.world.is_main and self.config.experts.replay != "generator" and path.is_file():
+            rollouts = read_rollouts(path)
+            if {r.weight_version for r in rollouts} == {self.policy.version}:
+                read = [rollouts]
+        dist.broadcast_object_list(read)
+        return read[0]
 
 
 def to_sequences(rollouts: list[Rollout], options: Options) -> list[Sequence]:

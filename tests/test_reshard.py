@@ -1,0 +1,65 @@
+"""A checkpoint of any layout goes on in any other, and in one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from launch import TESTS, torchrun
+from tiny_model import write_tiny_model
+
+from r1kern import distributed
+
+sys.path.insert(0, str(TESTS / "workers"))
+
+WORKER = TESTS / "workers" / "reshard.py"
+LAYOUTS = {2: ["2,1,1", "1,2,1", "1,1,2", "1,1,1"]}
+MORE = {4: ["2,2,1", "2,1,2", "1,4,1", "1,2,2", "1,1,1"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder, seed=5, num_hidden_layers=4)
+    return folder
+
+
+@pytest.fixture(
+    scope="module", params=[LAYOUTS, pytest.param(MORE, marks=pytest.mark.full)], ids=["2", "4"]
+)
+def saved(request, model, tmp_path_factory):
+    """The folder that the worker has filled, and its layouts."""
+    out = tmp_path_factory.mktemp("reshard")
+    ((processes, layouts),) = request.param.items()
+    torchrun(processes, WORKER, model, out, *layouts)
+    return out, layouts
+
+
+def check(found: dict, name: str) -> None:
+    assert found["step"] == 2
+    assert found["version"] == 4
+    assert found["loaded"] == 0.0, name
+    assert found["metrics"] < 1e-6, name
+    assert found["after"] < 1e-6, name
+
+
+def test_every_layout_goes_on_from_every_other(saved):
+    out, layouts = saved
+    result = json.loads((out / "result.json").read_text())
+    assert len(result) == len(layouts) ** 2
+    for name, found in result.items():
+        check(found, name)
+        there, here = name.split(" -> ")
+        if there == here:
+            assert found["metrics"] == found["after"] == 0.0, name
+
+
+def test_one_process_goes_on_from_every_layout(saved, model):
+    import reshard
+
+    out, layouts = saved
+    policy = reshard.policy_of(distributed.start(seed=0), str(model))
+    for layout in layouts:
+        check(reshard.compare(policy, out, layout), layout)
+    distributed.shutdown()
