@@ -29,17 +29,18 @@ from r1kern.model.names import hf_shapes
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
-from r1kern.train.packing import pack
+from r1kern.train.packing import plan_batches
 from r1kern.train.policy import Head, Loss, Policy
 from r1kern.types import PackedBatch, Rollout, Sequence
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step to be: micro-batches of this replica and the loss on each."""
+    """One optimizer step to be: micro-batches of this replica, the loss on each, packing's waste."""
 
     batches: list[PackedBatch]
     loss: Loss
+    waste: dict[str, float]
 
 
 class GRPO:
@@ -130,6 +131,7 @@ class GRPO:
         metrics = rollout_metrics(self.rollouts)
         with ledger("update"):
             for update in updates:
+                metrics |= update.waste
                 metrics |= self.policy.update(update.batches, update.loss, self.temperature)
         self._check_mismatch(metrics["max_mismatch"])
         with ledger("sync"):
@@ -164,13 +166,12 @@ class GRPO:
             # Without KL and entropy terms a sequence without advantage has a gradient of exactly
             # zero; the denominators count it all the same.
             sequences = [s for s in sequences if s.advantage]
-        batches = pack(
+        plan = plan_batches(
             sequences,
             budget=self.config.train.tokens_per_microbatch,
             dp=self.world.dp,
-            dp_rank=self.world.dp_rank,
             multiple=self.world.tp,
-            device=self.world.device,
+            hf=self.policy.hf,
         )
         loss = partial(
             grpo_step_loss,
@@ -179,7 +180,7 @@ class GRPO:
             trained_tokens=counts(sequences)["num_tokens"],
             max_tokens=self.sampling.max_tokens,
         )
-        return Update(batches, loss)
+        return Update(plan.batches(self.world.dp_rank, self.world.device), loss, plan.waste())
 
     def with_logps(self, update: Update, field: str) -> Update:
         """`update` with the present weights' log-probs as `field` of its micro-batches."""
@@ -188,7 +189,7 @@ class GRPO:
             dataclasses.replace(batch, **{field: grid})
             for batch, grid in zip(update.batches, grids, strict=True)
         ]
-        return Update(batches, update.loss)
+        return dataclasses.replace(update, batches=batches)
 
     def _check_mismatch(self, largest: float) -> None:
         limit = self.config.train.mismatch_limit
