@@ -51,8 +51,8 @@ def test_every_sequence_once_within_the_budget_and_no_worse_than_by_rows(lengths
     assert len(turns) == max(1, -(-fewest // dp))
     by_rows = balance(rows, rows.astype(np.float64), budget, dp)
     assert imbalance(loads_of(turns, costs)) <= imbalance(loads_of(by_rows, costs)) + 1e-12
-    again = balance(rows, costs, budget, dp)
-    assert all(map(np.array_equal, sum(turns, []), sum(again, [])))
+    again = np.concatenate([b for turn in balance(rows, costs, budget, dp) for b in turn])
+    assert again.tolist() == packed.tolist()
 
 
 def test_long_and_short_sequences_are_balanced_by_flops():

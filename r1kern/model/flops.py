@@ -42,7 +42,7 @@ class ModelFlops:
             experts = 3 * hf.moe_intermediate_size * active + hf.n_routed_experts
             token += (layers - dense) * 2 * hf.hidden_size * experts
         token += dense * 2 * hf.hidden_size * 3 * hf.intermediate_size
-        width = _head_dim(hf) * 2 if not latent else _qk_dim(hf) + hf.v_head_dim
+        width = attention_head_dim(hf) + (hf.v_head_dim if latent else attention_head_dim(hf))
         pair = layers * 2 * hf.num_attention_heads * width
         return cls(token, pair, 2 * hf.hidden_size * hf.vocab_size)
 
@@ -66,19 +66,18 @@ def _latent_projections(hf: PretrainedConfig) -> int:
     if hf.q_lora_rank is not None:
         weights += hidden * hf.q_lora_rank
         queries = hf.q_lora_rank
-    weights += queries * heads * _qk_dim(hf)
+    weights += queries * heads * attention_head_dim(hf)
     return 2 * weights
 
 
 def _projections(hf: PretrainedConfig) -> int:
     """Grouped-query attention, per token and layer."""
     heads = 2 * hf.num_attention_heads + 2 * hf.num_key_value_heads
-    return 2 * hf.hidden_size * heads * _head_dim(hf)
+    return 2 * hf.hidden_size * heads * attention_head_dim(hf)
 
 
-def _qk_dim(hf: PretrainedConfig) -> int:
-    return hf.qk_nope_head_dim + hf.qk_rope_head_dim
-
-
-def _head_dim(hf: PretrainedConfig) -> int:
+def attention_head_dim(hf: PretrainedConfig) -> int:
+    """Of queries and keys."""
+    if hf.model_type == "deepseek_v3":
+        return hf.qk_nope_head_dim + hf.qk_rope_head_dim
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads

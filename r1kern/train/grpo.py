@@ -26,6 +26,7 @@ from r1kern.distributed import World
 from r1kern.eval.heldout import summarise
 from r1kern.generate.engine import Generator, Sampling
 from r1kern.model.names import hf_shapes
+from r1kern.model.replay import Choices
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
@@ -36,11 +37,12 @@ from r1kern.types import PackedBatch, Rollout, Sequence
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step to be: micro-batches of this replica, the loss on each, packing's waste."""
+    """One optimizer step to be: this replica's micro-batches, their loss, the packing's waste."""
 
     batches: list[PackedBatch]
     loss: Loss
     waste: dict[str, float]
+    choices: Choices | None = None  # experts of the old policy's pass
 
 
 class GRPO:
@@ -124,7 +126,7 @@ class GRPO:
         if len(updates) > 1:
             # With one update a batch the old policy is the present one: no pass of its own.
             with ledger("old log-probs"):
-                updates = [self.with_logps(u, "old_logps") for u in updates]
+                updates = [self.with_old_policy(u) for u in updates]
         if options.beta > 0:
             with ledger("ref log-probs"), self.policy.reference():
                 updates = [self.with_logps(u, "ref_logps") for u in updates]
@@ -132,7 +134,13 @@ class GRPO:
         with ledger("update"):
             for update in updates:
                 metrics |= update.waste
-                metrics |= self.policy.update(update.batches, update.loss, self.temperature)
+                metrics |= self.policy.update(
+                    update.batches,
+                    update.loss,
+                    self.temperature,
+                    choices=update.choices,
+                    replay=self.config.experts.replay == "old_policy",
+                )
         self._check_mismatch(metrics["max_mismatch"])
         with ledger("sync"):
             self.sync()
@@ -190,6 +198,12 @@ class GRPO:
             for batch, grid in zip(update.batches, grids, strict=True)
         ]
         return dataclasses.replace(update, batches=batches)
+
+    def with_old_policy(self, update: Update) -> Update:
+        """`update` with the present weights' log-probs and experts as the old policy's."""
+        with self.policy.record_experts() as choices:
+            update = self.with_logps(update, "old_logps")
+        return dataclasses.replace(update, choices=choices)
 
     def _check_mismatch(self, largest: float) -> None:
         limit = self.config.train.mismatch_limit

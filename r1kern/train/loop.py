@@ -56,6 +56,8 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
     folder = Path(trainer.config.run.folder)
     checkpoints = Checkpoints(folder, keep_last=options.keep_last)
     first = _begin(trainer, folder, checkpoints, resume)
+    if trainer.world.is_main:
+        print(f"attention kernel: {policy.config.attention_kernel}", flush=True)
     log = MetricsLog(
         folder, total_steps=options.steps, first_step=first, active=trainer.world.is_main
     )
