@@ -12,10 +12,8 @@ the comparison fail.
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-import torch
 from launch import TESTS, torchrun
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
@@ -32,11 +30,7 @@ FOUR = [
     "1,1,4",
 ]
 TELLING = ["skewed:2,2,2,90", "skewed:1,4,1,90", "even:4,1,1,4000"]
-FAULTS = [
-    "column_parallel_down",
-    "allreduce",
-    "tensor_model_parallel",
-]
+FAULTS = ["column_parallel_down", "allreduce", "tensor_model_parallel"]
 
 # Relative, float32: rounding of sums that are cut otherwise.
 SAME = 1e-6

@@ -38,7 +38,7 @@ def main(folder: str, out: str, cases: list[str]) -> None:
 
 
 def batch() -> list[Sequence]:
-    """Ragged sequences, one far longer than the rest, whose advantages do not cancel in the loss."""
+    """Ragged sequences, one far longer than the rest; their advantages leave a loss far from 0."""
     generator = torch.Generator().manual_seed(5)
 
     def ids(count):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from invariance import batch, with_logps
+from invariance import batch
 
 from r1kern import distributed
 
@@ -19,7 +19,7 @@ from r1kern import distributed
 def main(model: str, out: str, layouts: list[str]) -> None:
     found = {}
     for layout in layouts:
-        sizes, _, recompute = layout.partition(",recompute")
+        sizes = layout.removesuffix(",recompute")
         tp, ep, pp = map(int, sizes.split(","))
         world = distributed.start(tp=tp, ep=ep, pp=pp, seed=0)
         found[layout] = run(world, model, recompute=layout.endswith("recompute"))
