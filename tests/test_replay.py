@@ -15,7 +15,7 @@ from r1kern.config import TrainConfig, parse_config
 from r1kern.errors import UserError
 
 WORKER = TESTS / "workers" / "replay.py"
-LAYOUTS = ["1,2,1", "2,1,1", "2,2,1", "1,1,2", "1,1,2,recompute", "2,2,1,recompute"]
+LAYOUTS = ["1,2,1", "2,1,1", "1,1,2", "1,1,2,recompute"]
 
 
 def test_replay_on_two_ranks(tmp_path):
@@ -29,10 +29,9 @@ def test_replay_on_two_ranks(tmp_path):
         assert result["microbatches"] > 1, layout
         assert first == 1.0, layout
         assert all(0.3 < rate < 1.0 for rate in later), (layout, later)
-    for plain in ("1,1,2", "2,2,1"):
-        other = found[f"{plain},recompute"]
-        assert other["rates"] == pytest.approx(found[plain]["rates"], abs=1e-3)
-        assert other["grad_norm"] == pytest.approx(found[plain]["grad_norm"], rel=1e-3)
+    plain, recomputed = found["1,1,2"], found["1,1,2,recompute"]
+    assert recomputed["rates"] == pytest.approx(plain["rates"], abs=1e-3)
+    assert recomputed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
