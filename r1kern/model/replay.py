@@ -102,7 +102,8 @@ def playing(
         yield [p for p in players if p is not None]
     for player in filter(None, players):
         assert player.forwards == len(player.choices), (player.forwards, len(player.choices))
-        assert not player.to_repeat, player.to_repeat
+        # All repeated by the backward, or, without one, none.
+        assert len(player.to_repeat) in (0, player.forwards), player.to_repeat
 
 
 def agreement(players: list[Player], device: torch.device) -> float | None:

@@ -38,7 +38,7 @@ def run(world, model: str, *, recompute: bool) -> dict:
     policy = Policy(
         Model(path=model, dtype="float32"),
         Parallel(tp=world.tp, ep=world.ep, pp=world.pp),
-        Optim(lr=3e-2, clip_grad=0.0),
+        Optim(lr=1e-2, clip_grad=0.0),
         world,
         total_updates=5,
     )
