@@ -23,6 +23,7 @@ using Address = std::uintptr_t;
 using Int = std::int64_t;
 // Without py::array::forcecast: an integer array converts, a float array is a TypeError.
 using Int64Array = py::array_t<Int, py::array::c_style>;
+using DoubleArray = py::array_t<double, py::array::c_style>;
 
 template <typename T>
 T* at(Address address) {
@@ -42,6 +43,16 @@ Int64Array pack_ffd(const Int64Array& lengths, Int budget) {
   const std::vector<Int> bins =
       r1kern::pack_ffd(lengths.data(), static_cast<std::size_t>(lengths.size()), budget);
   return Int64Array(static_cast<py::ssize_t>(bins.size()), bins.data());
+}
+
+Int64Array pack_even(const Int64Array& lengths, const DoubleArray& costs, Int budget, Int bins) {
+  if (lengths.ndim() != 1 || costs.ndim() != 1 || lengths.size() != costs.size()) {
+    throw py::value_error("lengths and costs must have one dimension and the same size");
+  }
+  const std::vector<Int> chosen =
+      r1kern::pack_even(lengths.data(), costs.data(), static_cast<std::size_t>(lengths.size()),
+                        budget, static_cast<std::size_t>(bins));
+  return Int64Array(static_cast<py::ssize_t>(chosen.size()), chosen.data());
 }
 
 void logits_stats(Int itemsize, Address z, Int n, Int V, Int stride, Address columns,
@@ -113,6 +124,12 @@ PYBIND11_MODULE(_C, m) {
         "Returns int64 [N], the bin of each sequence, bins numbered from 0 in the order they are\n"
         "opened.  Deterministic: longest first, ties by index.\n"
         "Raises ValueError where budget < 1, or a length is negative or above the budget.");
+  m.def("pack_even", &pack_even, py::arg("lengths"), py::arg("costs"), py::arg("budget"),
+        py::arg("bins"),
+        "Bins of even cost: dearest first, ties by index, each into the cheapest with room.\n\n"
+        "lengths, budget: as in `pack_ffd`; costs: float64 [N]; bins: how many.\n"
+        "Returns int64 [N], the bin of each sequence; nothing where one finds no room.\n"
+        "Raises ValueError as `pack_ffd` does.");
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("logits_stats", &logits_stats, unlocked, "head.h");
   m.def("dlogits", &dlogits, unlocked, "head.h");

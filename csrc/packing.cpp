@@ -72,4 +72,27 @@ std::vector<std::int64_t> pack_ffd(const std::int64_t* lengths, std::size_t coun
   return bins;
 }
 
+std::vector<std::int64_t> pack_even(const std::int64_t* lengths, const double* costs,
+                                    std::size_t count, std::int64_t budget, std::size_t bins) {
+  check(lengths, count, budget);
+  std::vector<std::size_t> order(count);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [costs](std::size_t a, std::size_t b) { return costs[a] > costs[b]; });
+
+  std::vector<std::int64_t> room(bins, budget), chosen(count);
+  std::vector<double> load(bins, 0.0);
+  for (const std::size_t i : order) {
+    std::size_t best = bins;
+    for (std::size_t b = 0; b < bins; ++b) {
+      if (room[b] >= lengths[i] && (best == bins || load[b] < load[best])) best = b;
+    }
+    if (best == bins) return {};
+    room[best] -= lengths[i];
+    load[best] += costs[i];
+    chosen[i] = static_cast<std::int64_t>(best);
+  }
+  return chosen;
+}
+
 }  // namespace r1kern

@@ -17,4 +17,15 @@ namespace r1kern {
 std::vector<std::int64_t> pack_ffd(const std::int64_t* lengths, std::size_t count,
                                    std::int64_t budget);
 
+// Longest-processing-time scheduling (Graham 1969) with room: dearest first, ties by index, each
+// into the cheapest of `bins` bins that has room for its tokens.
+//
+// Takes the same lengths and budget, and what each sequence costs; returns the bin of each
+// sequence, or nothing where one of them finds no room: then `pack_ffd` may still.
+// O(count (log count + bins)).
+//
+// Throws std::invalid_argument as `pack_ffd` does.
+std::vector<std::int64_t> pack_even(const std::int64_t* lengths, const double* costs,
+                                    std::size_t count, std::int64_t budget, std::size_t bins);
+
 }  // namespace r1kern

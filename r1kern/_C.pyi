@@ -2,6 +2,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 def pack_ffd(lengths: NDArray[np.integer], budget: int) -> NDArray[np.int64]: ...
+def pack_even(
+    lengths: NDArray[np.integer], costs: NDArray[np.floating], budget: int, bins: int
+) -> NDArray[np.int64]: ...
 
 # Below, tensors are addresses of contiguous memory (csrc/*.h has their shapes); itemsize is 4 or 8.
 

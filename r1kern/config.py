@@ -66,6 +66,15 @@ class Experts(_Section):
     balance_coef: float = Field(0.0, ge=0)  # weight of the sequence-level balance loss
     replay: Literal["off", "old_policy", "generator"] = "off"  # whose expert choice is trained
 
+    @model_validator(mode="after")
+    def _replay_exists(self):
+        if self.replay == "generator":
+            raise ValueError(
+                "replay = generator is not built (vLLM's enable_return_routed_experts): use "
+                "old_policy"
+            )
+        return self
+
 
 class Parallel(_Section):
     """Sizes of the parallel groups; data parallelism takes the rest of the world."""

@@ -1,4 +1,4 @@
-"""The parts of a GRPO step: advantages, denominators, packing, the loss on a packed batch."""
+"""The parts of a GRPO step: advantages, denominators, the loss on a packed batch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from r1kern import distributed, ops
 from r1kern.config import GRPO as Options
-from r1kern.errors import UserError
 from r1kern.types import Completion, Prompt, Rollout, Score, Sequence
 
 
@@ -62,57 +59,6 @@ def test_truncated_completions_can_be_left_out():
     rollouts = [group([1, 0], finish="length")]
     assert to_sequences(rollouts, Options(drop_truncated=True)) == []
     assert len(to_sequences(rollouts, Options())) == 2
-
-
-lengths = st.lists(st.integers(1, 40), min_size=0, max_size=60)
-
-
-@given(lengths=lengths, budget=st.integers(40, 200), dp=st.integers(1, 4))
-def test_micro_batches_keep_every_sequence_within_the_budget(lengths, budget, dp):
-    from r1kern.train.packing import balance
-
-    rows = np.array(lengths, dtype=np.int64)
-    bins, count = balance(rows, budget, dp)
-    assert count % dp == 0
-    assert count >= dp
-    loads = np.bincount(bins, weights=rows, minlength=count)
-    assert len(loads) == count
-    assert loads.max(initial=0) <= budget
-
-
-@given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))
-def test_packing_shifts_tokens_and_places_completions(sizes):
-    from r1kern.train.packing import pack
-
-    sequences = [
-        Sequence(tuple(range(100 * i, 100 * i + p)), tuple(range(100 * i + 50, 100 * i + 50 + c)))
-        for i, (p, c) in enumerate(sizes)
-    ]
-    seen = []
-    for rank in range(2):
-        for batch in pack(sequences, budget=64, dp=2, dp_rank=rank, multiple=4):
-            assert batch.tokens.numel() % 4 == 0
-            assert batch.tokens.numel() >= 4
-            grid = batch.grid(batch.targets.float())
-            for b, (start, end) in enumerate(
-                zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
-            ):
-                if b == len(grid):
-                    continue  # the padding sequence
-                completion = tuple(grid[b][batch.mask[b].bool()].int().tolist())
-                tokens = batch.tokens[start:end].tolist()
-                prompt = tokens[: len(tokens) - len(completion) + 1]
-                assert batch.positions[start:end].tolist() == list(range(end - start))
-                assert tokens == [*prompt, *completion[:-1]]
-                seen.append((tuple(prompt), completion))
-    assert sorted(seen) == sorted((s.prompt_ids, s.completion_ids) for s in sequences)
-
-
-def test_a_sequence_over_the_budget_is_refused():
-    from r1kern.train.packing import pack
-
-    with pytest.raises(UserError, match=r"40 tokens exceeds train\.tokens_per_microbatch=39"):
-        pack([Sequence((1,), tuple(range(40)))], budget=39, dp=1, dp_rank=0)
 
 
 def head_of(targets, logps_of, V=64):

@@ -65,7 +65,12 @@ def whole(model, tmp_path_factory):
     return folder
 
 
-OPTIONS = ["grpo.beta=0.01", "grpo.updates_per_batch=2", "optim.schedule=cosine"]
+OPTIONS = [
+    "grpo.beta=0.01",
+    "grpo.updates_per_batch=2",
+    "optim.schedule=cosine",
+    "experts.replay=old_policy",
+]
 
 
 def without_times(folder) -> list[dict]:
@@ -85,6 +90,9 @@ def test_metrics_of_a_run(whole):
         assert 0 <= phases["seconds/other"] < 0.5 * total
         assert 0 < record["max_mismatch"] < 1e-4
         assert record["kl"] >= 0
+        assert 0.5 < record["router_agreement"] <= 1
+        assert 0 <= record["pack/padding"] < 0.5
+        assert 0 <= record["pack/imbalance"] < 1
         assert record["grad_norm"] > 0
     assert records[-1]["weight_version"] == 8
     assert records[0]["kl"] < records[-1]["kl"]

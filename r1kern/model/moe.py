@@ -33,6 +33,8 @@ class Router(TopKRouter):
     they agree on the 671B shape only.
     """
 
+    tape = None  # `replay.Recorder` or `replay.Player` of the pass
+
     def gating(self, input):
         """[s, b, h] -> float32 logits [s, b, E]."""
         return F.linear(input.float(), self.weight.float())
@@ -48,6 +50,9 @@ class Router(TopKRouter):
             topk=c.moe_router_topk,
             scale=c.moe_router_topk_scaling_factor,
         )
+        if self.tape is not None:
+            scale = c.moe_router_topk_scaling_factor
+            routing = self.tape(logits.flatten(0, -2), routing, scale)
         if self.enable_expert_bias and torch.is_grad_enabled():
             self.local_tokens_per_expert += routing.counts
         return routing.weights, routing

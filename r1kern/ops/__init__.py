@@ -10,7 +10,7 @@ Every function raises `UserError` (a `ValueError`) of one line for arguments tha
 
 from r1kern.ops.head import linear_grpo_loss, linear_gspo_loss, linear_logprob
 from r1kern.ops.loss import group_advantage, grpo_loss, zero_variance
-from r1kern.ops.routing import Permutation, Routing, permute, route, unpermute
+from r1kern.ops.routing import Permutation, Routing, permute, reroute, route, unpermute
 
 __all__ = [
     "Permutation",
@@ -21,6 +21,7 @@ __all__ = [
     "linear_gspo_loss",
     "linear_logprob",
     "permute",
+    "reroute",
     "route",
     "unpermute",
     "zero_variance",

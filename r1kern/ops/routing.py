@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from r1kern.errors import UserError
@@ -103,6 +104,57 @@ def route(
     layout = num_groups, topk_groups, topk, float(scale), bool(normalize), align
     weights, indices, *rest = _route(logits, bias, *layout)
     return Routing(indices, weights, *rest)
+
+
+def reroute(
+    logits: Tensor,
+    routing: Routing,
+    indices: Tensor,
+    *,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> Routing:
+    """`routing` with the experts given: their weights from `logits`, and their permuted layout.
+
+    Bit-equal to `routing` where the indices are the same.  Only `logits` has a gradient, through
+    the weights; that of the score sums stays with `routing`.
+
+    Args:
+        logits: floating [T, E], those of `routing`.
+        routing: from `route` with `align` 1.
+        indices: int64 [T, K], distinct experts of each token.
+        scale, normalize: those of `routing`.
+
+    Raises:
+        UserError: indices of another shape or device, or a padded layout.
+    """
+    if indices.shape != routing.indices.shape:
+        raise UserError(
+            f"indices must be {list(routing.indices.shape)}, got {check.describe(indices)}"
+        )
+    check.one_device(logits=logits, indices=indices)
+    if len(routing.order) != indices.numel():
+        raise UserError("a layout padded by `align` cannot be rerouted: route with align=1")
+    K = indices.shape[1]
+    # The op itself on the given experts alone; a bias that falls faster than scores keeps them in
+    # order, so that the weights are rounded as they are in `route`.
+    bias = torch.arange(2.0 * K, 0.0, -2.0, device=logits.device)
+    chosen = logits.gather(1, indices)
+    weights = _route(chosen, bias, 1, 1, K, float(scale), bool(normalize), 1)[0]
+    order = indices.flatten().argsort(stable=True)
+    slots = torch.empty_like(order).index_copy_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
+    counts = torch.zeros_like(routing.counts)
+    counts.scatter_add_(0, indices.flatten(), torch.ones_like(order))
+    return routing._replace(
+        indices=indices,
+        weights=weights,
+        counts=counts,
+        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        slots=slots.int().view_as(indices),
+        order=order.int(),
+    )
 
 
 def permute(x: Tensor, routing: Routing | Permutation) -> Tensor:

@@ -26,20 +26,23 @@ from r1kern.distributed import World
 from r1kern.eval.heldout import summarise
 from r1kern.generate.engine import Generator, Sampling
 from r1kern.model.names import hf_shapes
+from r1kern.model.replay import Choices
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import read_rollouts, step_file, write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
-from r1kern.train.packing import pack
+from r1kern.train.packing import plan_batches
 from r1kern.train.policy import Head, Loss, Policy
 from r1kern.types import PackedBatch, Rollout, Sequence
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step to be: micro-batches of this replica and the loss on each."""
+    """One optimizer step to be: this replica's micro-batches, their loss, the packing's waste."""
 
     batches: list[PackedBatch]
     loss: Loss
+    waste: dict[str, float]
+    choices: Choices | None = None  # experts of the old policy's pass
 
 
 class GRPO:
@@ -126,14 +129,21 @@ class GRPO:
         if len(updates) > 1:
             # With one update a batch the old policy is the present one: no pass of its own.
             with ledger("old log-probs"):
-                updates = [self.with_logps(u, "old_logps") for u in updates]
+                updates = [self.with_old_policy(u) for u in updates]
         if options.beta > 0:
             with ledger("ref log-probs"), self.policy.reference():
                 updates = [self.with_logps(u, "ref_logps") for u in updates]
         metrics = rollout_metrics(self.rollouts)
         with ledger("update"):
             for update in updates:
-                metrics |= self.policy.update(update.batches, update.loss, self.temperature)
+                metrics |= update.waste
+                metrics |= self.policy.update(
+                    update.batches,
+                    update.loss,
+                    self.temperature,
+                    choices=update.choices,
+                    replay=self.config.experts.replay == "old_policy",
+                )
         self._check_mismatch(metrics["max_mismatch"])
         with ledger("sync"):
             self.sync()
@@ -169,13 +179,12 @@ class GRPO:
             # Without KL and entropy terms a sequence without advantage has a gradient of exactly
             # zero; the denominators count it all the same.
             sequences = [s for s in sequences if s.advantage]
-        batches = pack(
+        plan = plan_batches(
             sequences,
             budget=self.config.train.tokens_per_microbatch,
             dp=self.world.dp,
-            dp_rank=self.world.dp_rank,
             multiple=self.world.tp,
-            device=self.world.device,
+            hf=self.policy.hf,
         )
         loss = partial(
             grpo_step_loss,
@@ -184,7 +193,7 @@ class GRPO:
             trained_tokens=counts(sequences)["num_tokens"],
             max_tokens=self.sampling.max_tokens,
         )
-        return Update(batches, loss)
+        return Update(plan.batches(self.world.dp_rank, self.world.device), loss, plan.waste())
 
     def with_logps(self, update: Update, field: str) -> Update:
         """`update` with the present weights' log-probs as `field` of its micro-batches."""
@@ -193,7 +202,13 @@ class GRPO:
             dataclasses.replace(batch, **{field: grid})
             for batch, grid in zip(update.batches, grids, strict=True)
         ]
-        return Update(batches, update.loss)
+        return dataclasses.replace(update, batches=batches)
+
+    def with_old_policy(self, update: Update) -> Update:
+        """`update` with the present weights' log-probs and experts as the old policy's."""
+        with self.policy.record_experts() as choices:
+            update = self.with_logps(update, "old_logps")
+        return dataclasses.replace(update, choices=choices)
 
     def _check_mismatch(self, largest: float) -> None:
         limit = self.config.train.mismatch_limit

@@ -77,6 +77,8 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
     try:
         with deadline("taking the run up", trainer.config.run.deadline_s):
             first = _begin(trainer, folder, checkpoints, resume)
+        if trainer.world.is_main:
+            print(f"attention kernel: {trainer.policy.config.attention_kernel}", flush=True)
         _steps(trainer, folder, checkpoints, first)
         with deadline("writing the model", trainer.config.run.deadline_s):
             trainer.policy.save_hf(folder / "model")

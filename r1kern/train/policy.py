@@ -22,12 +22,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from r1kern import ops
 from r1kern.config import Model, Optim, Parallel
 from r1kern.distributed import World
+from r1kern.model.attention_kernel import Facts, choose_kernel
 from r1kern.model.core_attention import Packing
+from r1kern.model.flops import attention_head_dim
 from r1kern.model.gpt import build_model
 from r1kern.model.hf_config import check_layout, read_hf_config
 from r1kern.model.hf_files import SafetensorsReader, write_model_folder
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.names import local_tensors
+from r1kern.model.replay import Choices, agreement, playing, recording
 from r1kern.model.weights import export_weights, import_weights
 from r1kern.train import adam
 from r1kern.types import PackedBatch
@@ -88,6 +91,12 @@ class Policy:
             finalize_model_grads_func=lambda chunks, num_tokens=None, **groups: (
                 finalize_model_grads(chunks, None, **groups)
             ),
+        )
+        self.config.attention_kernel = choose_kernel(
+            model.attention,
+            Facts.here(),
+            dtype=self.config.params_dtype,
+            head_dim=attention_head_dim(self.hf),
         )
         self.model = build_model(
             self.config,
@@ -160,6 +169,10 @@ class Policy:
         grids = self._run(batches, score, forward_only=True, collect_non_loss_data=True)
         return [grid.to(self.world.device) for grid in self._from_last_stage(grids)]
 
+    def record_experts(self):
+        """Context that yields the experts of the passes within it, for `update`."""
+        return recording(self.model)
+
     @contextmanager
     def reference(self):
         """Within the block the model has the reference weights (see `keep_reference`)."""
@@ -183,12 +196,23 @@ class Policy:
     # -- update -----------------------------------------------------------------------------
 
     def update(
-        self, batches: list[PackedBatch], loss: Loss, temperature: float = 1.0
+        self,
+        batches: list[PackedBatch],
+        loss: Loss,
+        temperature: float = 1.0,
+        *,
+        choices: Choices | None = None,
+        replay: bool = False,
     ) -> dict[str, float]:
         """One optimizer step on the sum of `loss` over all micro-batches and replicas.
 
         The loss carries its global denominator, so that the gradient does not depend on how the
         batch was cut.  Metrics are summed likewise, those named `max_*` are maxima.
+
+        Args:
+            choices: experts recorded in a pass over the same batches (`replay.recording`); adds
+                `router_agreement` to the metrics.
+            replay: use those experts.
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite; in the first case the
@@ -202,11 +226,15 @@ class Policy:
             metrics = {k: v.detach() for k, v in {"loss": value, **metrics}.items()}
             return value, torch.zeros([], dtype=torch.int), metrics
 
-        metrics = self._reduce(self._run(batches, step, forward_only=False))
+        with playing(self.model, choices, replay=replay) as players:
+            metrics = self._reduce(self._run(batches, step, forward_only=False))
         if not torch.isfinite(torch.tensor(metrics["loss"])):
             raise FloatingPointError(
                 f"the loss of update {self.version + 1} is {metrics['loss']}; nothing was updated"
             )
+        agreed = None if choices is None else agreement(players, self.world.device)
+        if agreed is not None:
+            metrics["router_agreement"] = agreed
         _, grad_norm, _ = self.optimizer.step()
         if not torch.isfinite(torch.as_tensor(grad_norm)):
             raise FloatingPointError(
@@ -231,7 +259,7 @@ class Policy:
 
         def forward_step(iterator, model):
             batch = next(iterator)
-            packing = Packing.of(batch.cu_seqlens)
+            packing = Packing.of(batch.cu_seqlens, len(batch.mask))
             output = model(
                 batch.tokens[None], batch.positions[None], None, packed_seq_params=packing
             )
@@ -252,7 +280,7 @@ class Policy:
         metrics = None
         if self.world.is_last_stage:
             names = list(per_batch[0])
-            values = torch.stack([torch.stack([m[n].float() for n in names]) for m in per_batch])
+            values = torch.stack([torch.stack([m[n].double() for n in names]) for m in per_batch])
             total, largest = values.sum(0), values.amax(0)
             group = mpu.get_data_parallel_group()
             dist.all_reduce(total, group=group)

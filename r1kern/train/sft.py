@@ -12,7 +12,7 @@ from r1kern.data.stream import Stream
 from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
 from r1kern.report.ledger import Ledger
-from r1kern.train.packing import pack
+from r1kern.train.packing import plan_batches
 from r1kern.train.policy import Head, Policy
 from r1kern.types import PackedBatch
 
@@ -43,17 +43,17 @@ class SFT:
         with self.ledger("pack"):
             sequences = self.pairs.next(self.config.train.batch_size)
             tokens = sum(len(s.completion_ids) for s in sequences)
-            batches = pack(
+            plan = plan_batches(
                 sequences,
                 budget=self.config.train.tokens_per_microbatch,
                 dp=self.world.dp,
-                dp_rank=self.world.dp_rank,
                 multiple=self.world.tp,
-                device=self.world.device,
+                hf=self.policy.hf,
             )
+            batches = plan.batches(self.world.dp_rank, self.world.device)
         with self.ledger("update"):
             metrics = self.policy.update(batches, partial(sft_loss, num_tokens=tokens))
-        return metrics | {"tokens": float(tokens), "lr": self.policy.lr}
+        return metrics | plan.waste() | {"tokens": float(tokens), "lr": self.policy.lr}
 
     def evaluate(self) -> None:
         """Nothing to evaluate: the stage that follows measures what was learnt."""
