@@ -26,9 +26,10 @@ from r1kern.model.core_attention import Packing
 from r1kern.model.gpt import build_model
 from r1kern.model.hf_config import check_layout, read_hf_config
 from r1kern.model.hf_files import SafetensorsReader, write_model_folder
+from r1kern.model.import_hf import import_weights
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.names import local_tensors
-from r1kern.model.weights import export_weights, import_weights
+from r1kern.model.weights import export_weights
 from r1kern.train import adam
 from r1kern.types import PackedBatch
 
