@@ -135,7 +135,7 @@ def rollout(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="folder in Hugging Face format")],
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder or RUN/checkpoints/step_N")],
     target: Annotated[Path, typer.Argument(help="folder to make")],
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp8 (128 x 128 blocks)")] = "bf16",
 ) -> None:
@@ -147,7 +147,15 @@ def convert(
 
     if dtype not in get_args(ExportDtype):
         raise UserError(f"--dtype {dtype} is none of {', '.join(get_args(ExportDtype))}")
-    run_convert(source, target, dtype)
+    if (source / "state.json").is_file():
+        from r1kern import distributed
+
+        world = distributed.start()
+        from r1kern.train.checkpoint_to_hf import checkpoint_to_hf
+
+        checkpoint_to_hf(world, source, target, dtype)
+    else:
+        run_convert(source, target, dtype)
     print(f"model: {target}")
 
 

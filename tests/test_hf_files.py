@@ -53,7 +53,7 @@ def same(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype, name
-        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+        assert torch.equal(*(t.flatten().view(torch.uint8) for t in (a[name], b[name]))), name
 
 
 def as_bf16(values: dict) -> dict[str, torch.Tensor]:
@@ -350,6 +350,34 @@ def largest_file(size: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def test_convert_checkpoint(files, tmp_path, capfd):
+    """A checkpoint after an update: its weights, not those that the run began with."""
+    from r1kern import distributed
+    from r1kern.config import Data, Model, Optim, Parallel, SFTConfig, dump_config
+    from r1kern.train.checkpoint import Checkpoints
+    from r1kern.train.policy import Policy
+
+    root, _, values = files
+    world = distributed.start()
+    model = Model(path=str(root / "fp8"))
+    policy = Policy(model, Parallel(), Optim(), world, total_updates=9)
+    with torch.no_grad():
+        policy.model.decoder.final_layernorm.weight.mul_(2)
+    Checkpoints(tmp_path, keep_last=1).save(policy, 3, {})
+    (tmp_path / "config.yaml").write_text(dump_config(SFTConfig(model=model, data=Data(train="-"))))
+    step, target = tmp_path / "checkpoints" / "step_000003", tmp_path / "hf"
+    assert cli.run(["convert", str(step), str(target)]) == 0
+    wanted = {n: t for n, t in as_bf16(values).items() if not n.startswith(mtp())}
+    wanted["model.norm.weight"] = 2 * wanted["model.norm.weight"]
+    same(load_folder(target), wanted)
+    refused(capfd, ["convert", step, target], "exists", "remove it")
+    os.truncate(next(step.glob("*.distcp")), 100)
+    refused(capfd, ["convert", step, tmp_path / "new"], "step_000003", "convert the one before")
+    (tmp_path / "config.yaml").unlink()
+    refused(capfd, ["convert", step, tmp_path / "new"], "config.yaml is missing")
+    distributed.shutdown()
+
+
 # -- bad input ----------------------------------------------------------------------------------
 
 Q_B = "model.layers.1.self_attn.q_b_proj.weight"
@@ -489,6 +517,27 @@ def test_bad_input(case, files, tmp_path, capfd):
     damage(folder)
     refused(capfd, ["convert", folder, tmp_path / "out"], *words)
     assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_written_files_are_aligned(tmp_path):
+    """Odd sizes of FP8 before wider types: every tensor starts where its type can be mapped."""
+    from r1kern.model.hf_writer import write_safetensors
+
+    tensors = {
+        "a": torch.ones(3, 7).to(torch.float8_e4m3fn),
+        "b": torch.arange(5).bfloat16(),
+        "c": torch.arange(3).float(),
+        "d": torch.ones(()),
+        "e": torch.ones(0, 4),
+    }
+    path = tmp_path / "x.safetensors"
+    specs = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(path, specs, tensors.items())
+    same(load_file(path), tensors)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    for name, tensor in tensors.items():
+        assert (8 + size + header[name]["data_offsets"][0]) % tensor.itemsize == 0
 
 
 def test_file_without_index(files, tmp_path, capfd):
