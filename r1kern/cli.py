@@ -1,4 +1,4 @@
-"""The command line: `r1kern train | sft | rollout | demo | bench | doctor`."""
+"""The command line: `r1kern train | sft | rollout | convert | demo | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -152,6 +152,32 @@ def rollout(
         seed=seed,
     )
     print(f"{line}\nsamples: {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder or RUN/checkpoints/step_N")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp8 (128 x 128 blocks)")] = "bf16",
+) -> None:
+    """Copy a model in another dtype, a tensor at a time; run it again to go on after a kill."""
+    from typing import get_args
+
+    from r1kern.convert import convert as run_convert
+    from r1kern.model.export_dtype import ExportDtype
+
+    if dtype not in get_args(ExportDtype):
+        raise UserError(f"--dtype {dtype} is none of {', '.join(get_args(ExportDtype))}")
+    if (source / "state.json").is_file():
+        from r1kern import distributed
+
+        world = distributed.start()
+        from r1kern.train.checkpoint_to_hf import checkpoint_to_hf
+
+        checkpoint_to_hf(world, source, target, dtype)
+    else:
+        run_convert(source, target, dtype)
+    print(f"model: {target}")
 
 
 @app.command()

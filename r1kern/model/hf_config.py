@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from r1kern.config import Parallel
 from r1kern.errors import UserError
+from r1kern.model.config_json import check_config_json
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
     """Read `config.json` of a DeepSeek-V3-architecture model.
 
+    FP8 weights are restored on reading, so that `quantization_config` is checked and left out.
+
     Raises:
-        UserError: no such file, or another architecture.
+        UserError: no such file, not JSON, fields lacking or wrong, or another architecture.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(
             f"{path} does not exist: point model.path at a folder in Hugging Face format"
         )
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    check_config_json(path)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     if config.model_type != "deepseek_v3":
         raise UserError(
             f"{path}: model_type is '{config.model_type}', only 'deepseek_v3' can be trained"
         )
+    vars(config).pop("quantization_config", None)
     return config
 
 

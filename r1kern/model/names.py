@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import PretrainedConfig
 
-from r1kern.model.gpt import DeepSeekV3
+if TYPE_CHECKING:
+    from r1kern.model.gpt import DeepSeekV3
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,10 @@ def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]:
     """Every weight of this rank: Megatron name, tensor (views of the parameters), slot."""
+    # Here, so that files are judged and converted without Megatron.
+    from megatron.core import parallel_state as mpu
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
     first_layer = get_transformer_layer_offset(model.config)
     experts = model.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
     first_expert = mpu.get_expert_model_parallel_rank() * experts

@@ -24,14 +24,17 @@ from r1kern.config import Model, Optim, Parallel
 from r1kern.distributed import World
 from r1kern.model.attention_kernel import Facts, choose_kernel
 from r1kern.model.core_attention import Packing
+from r1kern.model.export_dtype import ExportDtype
 from r1kern.model.flops import attention_head_dim
 from r1kern.model.gpt import build_model
 from r1kern.model.hf_config import check_layout, read_hf_config
-from r1kern.model.hf_files import SafetensorsReader, write_model_folder
+from r1kern.model.hf_reader import HFReader
+from r1kern.model.hf_writer import write_model_folder
+from r1kern.model.import_hf import import_weights
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.names import local_tensors
 from r1kern.model.replay import Choices, agreement, playing, recording
-from r1kern.model.weights import export_weights, import_weights
+from r1kern.model.weights import export_weights
 from r1kern.train import adam
 from r1kern.types import PackedBatch
 
@@ -105,7 +108,7 @@ class Policy:
             with_transformer_engine=model.transformer_engine,
         )
         if model.init == "load":
-            import_weights(self.model, SafetensorsReader(model.path))
+            import_weights(self.model, HFReader(model.path, self.hf))
         self.ddp = DistributedDataParallel(
             self.config,
             DistributedDataParallelConfig(
@@ -307,9 +310,16 @@ class Policy:
         """Whole tensors by Hugging Face name; see `weights.export_weights`."""
         return export_weights(self.model, self.hf)
 
-    def save_hf(self, folder) -> None:
-        """Write a folder that transformers and vLLM load; collective."""
-        write_model_folder(folder, self.export(), like=self.source, is_writer=self.world.is_main)
+    def save_hf(self, folder, dtype: ExportDtype | None = None) -> None:
+        """Write a folder that transformers and vLLM load, in `dtype` or the model's; collective."""
+        own = "fp32" if self.config.params_dtype == torch.float32 else "bf16"
+        write_model_folder(
+            folder,
+            self.export(),
+            like=self.source,
+            is_writer=self.world.is_main,
+            dtype=dtype or own,
+        )
 
     @property
     def lr(self) -> float:
