@@ -22,21 +22,26 @@ class Packing(PackedSeqParams):
         positions: int64 [T], position of each token within its sequence.
         grid: int64 [B * S], the token at (sequence, position), 0 where there is none.
         flat: int64 [T], the place of each token in the [B * S] grid.
+        sequence_ids: int64 [T], the sequence of each token, -1 on padding.
     """
 
     positions: torch.Tensor | None = None
     grid: torch.Tensor | None = None
     flat: torch.Tensor | None = None
+    sequence_ids: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, cu_seqlens: torch.Tensor) -> Packing:
-        """From int32 [B + 1] offsets of the sequences."""
+    def of(cls, cu_seqlens: torch.Tensor, sequences: int | None = None) -> Packing:
+        """From int32 [B + 1] offsets of the sequences; those from `sequences` on are padding."""
         starts = cu_seqlens[:-1].long()
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         longest = int(lengths.max())
         column = torch.arange(longest, device=cu_seqlens.device)
         real = column < lengths[:, None]
         flat = real.flatten().nonzero().flatten()
+        ids = torch.arange(len(lengths), device=cu_seqlens.device)
+        if sequences is not None:
+            ids[sequences:] = -1
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -46,6 +51,7 @@ class Packing(PackedSeqParams):
             positions=column.expand_as(real)[real],
             grid=torch.where(real, starts[:, None] + column, 0).flatten(),
             flat=flat,
+            sequence_ids=ids.repeat_interleave(lengths),
         )
 
 

@@ -45,6 +45,9 @@ class SafetensorsReader:
                 ) from error
             self._file_of |= dict.fromkeys(handle.keys(), handle)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def __call__(self, name: str, split: int | None, rank: int, size: int) -> torch.Tensor:
         """See `weights.import_weights`.
 

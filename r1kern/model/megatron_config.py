@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from transformers import PretrainedConfig
 
+from r1kern.config import Parallel
+from r1kern.errors import UserError
+from r1kern.model.layout import megatron_layout, stage_layers
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def to_megatron_config(
-    hf: PretrainedConfig, *, tp: int, ep: int, pp: int, dtype: torch.dtype, **overrides
+    hf: PretrainedConfig,
+    *,
+    tp: int,
+    ep: int,
+    pp: int,
+    dtype: torch.dtype,
+    layers: list[int] | None = None,
+    mtp: bool = False,
+    **overrides,
 ) -> MLATransformerConfig:
     """Megatron-core configuration of a DeepSeek-V3 model (arXiv 2412.19437).
 
@@ -19,10 +33,14 @@ def to_megatron_config(
         hf: transformers' `DeepseekV3Config`.
         tp, ep, pp: parallel sizes; sequence parallelism is on whenever tp > 1.
         dtype: of parameters and activations.
+        layers: of each pipeline stage; None: `stage_layers`' default.
+        mtp: build the multi-token-prediction layers, on the last stage.
         overrides: fields of `MLATransformerConfig`, for what is not in `config.json`.
     """
     rope = dict(hf.rope_parameters)
     yarn = rope.get("rope_type", "default") == "yarn"
+    mtp_layers = hf.num_nextn_predict_layers if mtp else 0
+    layers = layers or stage_layers(hf.num_hidden_layers, Parallel(pp=pp))
     fields = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -64,7 +82,7 @@ def to_megatron_config(
         moe_router_topk_scaling_factor=hf.routed_scaling_factor,
         moe_router_score_function="sigmoid",
         moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,  # reinforcement learning keeps the trained bias
+        moe_router_bias_update_rate=0.0,  # `balance.finish_update` does it, after the optimizer
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
@@ -84,6 +102,8 @@ def to_megatron_config(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
         pipeline_model_parallel_size=pp,
+        pipeline_model_parallel_layout=megatron_layout(layers, mtp_layers),
+        mtp_num_layers=mtp_layers or None,
         variable_seq_lengths=pp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -93,3 +113,36 @@ def to_megatron_config(
         calculate_per_token_loss=True,
     )
     return MLATransformerConfig(**{**fields, **overrides})
+
+
+def recompute_fields(parts: list[str]) -> dict:
+    """Fields of `MLATransformerConfig` for `train.recompute`.
+
+    Args:
+        parts: of a layer whose activations are computed again in the backward; "full" alone keeps
+            only each layer's input.
+
+    Raises:
+        UserError: "full" beside other parts, or parts that Megatron-core 0.16.1 recomputes by
+            Transformer Engine only, without it.
+    """
+    if not parts:
+        return {}
+    if "full" in parts:
+        if len(parts) > 1:
+            raise UserError(
+                "train.recompute: 'full' recomputes whole layers, leave the other parts out"
+            )
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    missing = [p for p in parts if p in ("layernorm", "moe_act")]
+    if missing and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"train.recompute: {', '.join(missing)} needs Transformer Engine, which is not "
+            f"installed: leave it out, or take mla_up_proj, core_attn, mlp, moe, shared_experts "
+            f"or full"
+        )
+    return {"recompute_granularity": "selective", "recompute_modules": list(parts)}

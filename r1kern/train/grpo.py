@@ -79,6 +79,8 @@ class GRPO:
             config.optim,
             world,
             total_updates=config.train.steps * config.grpo.updates_per_batch,
+            experts=config.experts,
+            recompute=config.train.recompute,
         )
         if config.grpo.beta > 0:
             self.policy.keep_reference()

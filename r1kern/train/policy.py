@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1kern import ops
-from r1kern.config import Model, Optim, Parallel
+from r1kern.config import Experts, Model, Optim, Parallel, RecomputedPart
 from r1kern.distributed import World
+from r1kern.errors import UserError
+from r1kern.model import balance
 from r1kern.model.core_attention import Packing
 from r1kern.model.gpt import build_model
 from r1kern.model.hf_config import check_layout, read_hf_config
 from r1kern.model.hf_files import SafetensorsReader, write_model_folder
-from r1kern.model.megatron_config import DTYPES, to_megatron_config
-from r1kern.model.names import local_tensors
+from r1kern.model.layout import stage_layers
+from r1kern.model.megatron_config import DTYPES, recompute_fields, to_megatron_config
+from r1kern.model.mtp import mtp_loss
+from r1kern.model.names import hf_shapes, local_tensors, shared_name
 from r1kern.model.weights import export_weights, import_weights
 from r1kern.train import adam
 from r1kern.types import PackedBatch
@@ -66,24 +71,42 @@ class Policy:
         optim: AdamW and its schedule.
         world: from `distributed.start`.
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
+        experts: their balance.
+        recompute: parts computed again in the backward.
 
     Raises:
         UserError: the model cannot be laid out so (all reasons at once) or read.
     """
 
     def __init__(
-        self, model: Model, parallel: Parallel, optim: Optim, world: World, *, total_updates: int
+        self,
+        model: Model,
+        parallel: Parallel,
+        optim: Optim,
+        world: World,
+        *,
+        total_updates: int,
+        experts: Experts = Experts(),  # noqa: B008  (frozen)
+        recompute: Sequence[RecomputedPart] = (),
     ):
-        self.world = world
+        self.world, self.options, self.experts = world, model, experts
         self.source = model.path
         self.hf = read_hf_config(model.path)
         check_layout(self.hf, parallel, world.size)
+        if model.mtp_coef and not self.hf.num_nextn_predict_layers:
+            raise UserError(
+                f"model.mtp_coef={model.mtp_coef} but {model.path}/config.json has no "
+                f"multi-token-prediction layers (num_nextn_predict_layers): set model.mtp_coef=0"
+            )
         self.config = to_megatron_config(
             self.hf,
             tp=parallel.tp,
             ep=parallel.ep,
             pp=parallel.pp,
             dtype=DTYPES[model.dtype],
+            layers=stage_layers(self.hf.num_hidden_layers, parallel),
+            mtp=model.mtp_coef > 0,
+            **recompute_fields(list(recompute)),
             # Gradients are sums already: nothing may divide them by a count of tokens.
             finalize_model_grads_func=lambda chunks, num_tokens=None, **groups: (
                 finalize_model_grads(chunks, None, **groups)
@@ -185,7 +208,10 @@ class Policy:
         """One optimizer step on the sum of `loss` over all micro-batches and replicas.
 
         The loss carries its global denominator, so that the gradient does not depend on how the
-        batch was cut.  Metrics are summed likewise, those named `max_*` are maxima.
+        batch was cut.  Metrics are summed likewise, those named `max_*` are maxima.  The losses of
+        multi-token prediction (mean over completion tokens) and expert balance (mean over
+        sequences) of the packed batch are added by the options `model.mtp_coef` and
+        `experts.balance_coef`; "loss" includes the former.
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite; in the first case the
@@ -194,8 +220,15 @@ class Policy:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+        tokens, sequences = self._count(batches)
+        balance.start_update(self.model, self.experts.balance_coef / sequences)
+
         def step(batch, hidden):
             value, metrics = loss(self._head(hidden, batch, temperature), batch)
+            if self.options.mtp_coef:
+                mtp = self._mtp_loss(hidden, batch, tokens)
+                value = value + self.options.mtp_coef * mtp
+                metrics = {**metrics, "mtp_loss": mtp}
             metrics = {k: v.detach() for k, v in {"loss": value, **metrics}.items()}
             return value, torch.zeros([], dtype=torch.int), metrics
 
@@ -210,17 +243,41 @@ class Policy:
                 f"the gradient of update {self.version + 1} is {grad_norm}; the weights are "
                 f"damaged, resume from the last checkpoint with a lower optim.lr"
             )
+        load = balance.finish_update(self.model, self.experts.bias_update_rate)
         self.scheduler.step(1)
         self.version += 1
-        return metrics | {"grad_norm": float(grad_norm)}
+        return metrics | load | {"grad_norm": float(grad_norm)}
+
+    def _count(self, batches: list[PackedBatch]) -> tuple[int, int]:
+        """Completion tokens and sequences of the global batch, each at least 1."""
+        counts = torch.tensor(
+            [sum(len(b.targets) for b in batches), sum(len(b.mask) for b in batches)],
+            device=self.world.device,
+        )
+        dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+        tokens, sequences = counts.clamp(min=1).tolist()
+        return tokens, sequences
+
+    def _mtp_loss(self, hidden, batch: PackedBatch, num_tokens: int) -> torch.Tensor:
+        return mtp_loss(
+            hidden,
+            self.model.head_weight,
+            batch,
+            depths=self.config.mtp_num_layers,
+            num_tokens=num_tokens,
+            tp_group=self._tp_group,
+        )
+
+    @property
+    def _tp_group(self) -> dist.ProcessGroup | None:
+        return mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None
 
     def _head(self, hidden, batch: PackedBatch, temperature: float) -> Head:
-        group = mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None
         return Head(
             hidden.index_select(0, batch.rows),
             self.model.head_weight,
             batch.targets,
-            {"temperature": temperature, "tp_group": group},
+            {"temperature": temperature, "tp_group": self._tp_group},
         )
 
     def _run(self, batches: list[PackedBatch], step, **schedule) -> list:
@@ -228,7 +285,7 @@ class Policy:
 
         def forward_step(iterator, model):
             batch = next(iterator)
-            packing = Packing.of(batch.cu_seqlens)
+            packing = Packing.of(batch.cu_seqlens, sequences=len(batch.mask))
             output = model(
                 batch.tokens[None], batch.positions[None], None, packed_seq_params=packing
             )
@@ -273,12 +330,45 @@ class Policy:
     # -- weights ----------------------------------------------------------------------------
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors by Hugging Face name; see `weights.export_weights`."""
+        """Whole tensors by Hugging Face name, without multi-token prediction, for the generator.
+
+        See `weights.export_weights`.
+        """
         return export_weights(self.model, self.hf)
+
+    def export_whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """`export` with the multi-token-prediction layers.
+
+        Where they are not trained they are no part of the model: the main rank reads them from the
+        folder the model came from, if it holds weights.
+        """
+        names = hf_shapes(self.hf, mtp=True)
+        if self.options.mtp_coef:
+            return export_weights(self.model, self.hf, names)
+        carried = self._untrained(names)
+        held = hf_shapes(self.hf) | dict.fromkeys(n for n in carried if shared_name(n) != n)
+        return chain(export_weights(self.model, self.hf, held), self._carry(carried, held))
+
+    def _untrained(self, names: Collection[str]) -> list[str]:
+        """Tensors of `names` that only the source folder has."""
+        if self.options.init != "load" or not self.hf.num_nextn_predict_layers:
+            return []
+        source, trained = SafetensorsReader(self.source), hf_shapes(self.hf)
+        return [name for name in names if name not in trained and name in source]
+
+    def _carry(self, carried, held) -> Iterator[tuple[str, torch.Tensor]]:
+        source = SafetensorsReader(self.source) if carried and self.world.is_main else None
+        for name in carried if source else ():
+            if name not in held:
+                tensor = source(name, None, 0, 1)
+                is_bias = name.endswith("e_score_correction_bias")
+                yield name, tensor if is_bias else tensor.to(self.config.params_dtype)
 
     def save_hf(self, folder) -> None:
         """Write a folder that transformers and vLLM load; collective."""
-        write_model_folder(folder, self.export(), like=self.source, is_writer=self.world.is_main)
+        write_model_folder(
+            folder, self.export_whole(), like=self.source, is_writer=self.world.is_main
+        )
 
     @property
     def lr(self) -> float:
