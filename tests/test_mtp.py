@@ -16,7 +16,6 @@ from tiny_model import write_tiny_model, write_tiny_mtp_model
 from transformers import DeepseekV3ForCausalLM
 
 from r1kern.model.hf_config import read_hf_config
-from r1kern.model.names import hf_shapes
 from r1kern.types import Sequence
 
 LAYERS, DEPTHS, COEF = 3, 2, 0.3  # 3 layers on 2 stages: an uneven split
@@ -53,7 +52,7 @@ class Reference:
             h = self.layer(i, h)
         h = inner.norm(h)
         found = [head(h)[0]]
-        for depth in range(1, DEPTHS + 1):
+        for depth in range(1, min(DEPTHS + 1, len(ids))):
             own = f"model.layers.{LAYERS + depth - 1}."
             e = inner.embed_tokens(ids[None, depth:])
             joined = torch.cat(
@@ -187,6 +186,4 @@ def test_a_config_that_says_nothing_has_no_layers(tmp_path):
         for key in ("num_nextn_predict_layers", "num_mtp_layers"):
             config.pop(key, None)
         (tmp_path / "config.json").write_text(json.dumps(config | ({name: layers} if name else {})))
-        hf = read_hf_config(tmp_path)
-        assert hf.num_nextn_predict_layers == layers
-        assert (len(hf_shapes(hf, mtp=True)) > len(hf_shapes(hf))) == (layers > 0)
+        assert read_hf_config(tmp_path).num_nextn_predict_layers == layers

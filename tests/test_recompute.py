@@ -8,7 +8,7 @@ from launch import TESTS, torchrun
 from tiny_model import write_tiny_mtp_model
 
 from r1kern.errors import UserError
-from r1kern.model.megatron_config import recompute_fields
+from r1kern.model.recompute import recompute_fields
 from r1kern.types import Sequence
 
 PARTS = ["full", "core_attn", "mla_up_proj", "mlp", "moe", "shared_experts"]

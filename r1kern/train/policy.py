@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -25,14 +24,16 @@ from r1kern.config import Experts, Model, Optim, Parallel, RecomputedPart
 from r1kern.distributed import World
 from r1kern.errors import UserError
 from r1kern.model import balance
+from r1kern.model.carry import export_whole
 from r1kern.model.core_attention import Packing
 from r1kern.model.gpt import build_model
 from r1kern.model.hf_config import check_layout, read_hf_config
 from r1kern.model.hf_files import SafetensorsReader, write_model_folder
 from r1kern.model.layout import stage_layers
-from r1kern.model.megatron_config import DTYPES, recompute_fields, to_megatron_config
+from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.mtp import mtp_loss
-from r1kern.model.names import hf_shapes, local_tensors, shared_name
+from r1kern.model.names import local_tensors
+from r1kern.model.recompute import recompute_fields
 from r1kern.model.weights import export_weights, import_weights
 from r1kern.train import adam
 from r1kern.types import PackedBatch
@@ -337,38 +338,14 @@ class Policy:
         return export_weights(self.model, self.hf)
 
     def export_whole(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """`export` with the multi-token-prediction layers.
-
-        Where they are not trained they are no part of the model: the main rank reads them from the
-        folder the model came from, if it holds weights.
-        """
-        names = hf_shapes(self.hf, mtp=True)
-        if self.options.mtp_coef:
-            return export_weights(self.model, self.hf, names)
-        carried = self._untrained(names)
-        held = hf_shapes(self.hf) | dict.fromkeys(n for n in carried if shared_name(n) != n)
-        return chain(export_weights(self.model, self.hf, held), self._carry(carried, held))
-
-    def _untrained(self, names: Collection[str]) -> list[str]:
-        """Tensors of `names` that only the source folder has."""
-        if self.options.init != "load" or not self.hf.num_nextn_predict_layers:
-            return []
-        source, trained = SafetensorsReader(self.source), hf_shapes(self.hf)
-        return [name for name in names if name not in trained and name in source]
-
-    def _carry(self, carried, held) -> Iterator[tuple[str, torch.Tensor]]:
-        source = SafetensorsReader(self.source) if carried and self.world.is_main else None
-        for name in carried if source else ():
-            if name not in held:
-                tensor = source(name, None, 0, 1)
-                is_bias = name.endswith("e_score_correction_bias")
-                yield name, tensor if is_bias else tensor.to(self.config.params_dtype)
+        """`export` with multi-token prediction; see `carry.export_whole`."""
+        source = SafetensorsReader(self.source) if self.options.init == "load" else None
+        return export_whole(self.model, self.hf, source, is_writer=self.world.is_main)
 
     def save_hf(self, folder) -> None:
         """Write a folder that transformers and vLLM load; collective."""
-        write_model_folder(
-            folder, self.export_whole(), like=self.source, is_writer=self.world.is_main
-        )
+        tensors = self.export_whole()
+        write_model_folder(folder, tensors, like=self.source, is_writer=self.world.is_main)
 
     @property
     def lr(self) -> float:

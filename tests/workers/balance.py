@@ -2,9 +2,9 @@
 
     torchrun balance.py MODEL_FOLDER TRUTH.pt OUT TP,EP,PP,BUDGET,PARTS ...
 
-PARTS are the recomputed parts, joined by `+`, or `-`.  Writes OUT/{tp}_{ep}_{pp}_{budget}_{parts}.pt
-with metrics, biases after each update, final weights, and the bytes that the first forward saved
-for its backward.
+PARTS are the recomputed parts, joined by `+`, or `-`.  Writes for each layout OUT/LAYOUT.pt (commas
+become _) with metrics, biases after each update, final weights, and the bytes that the first
+forward saved for its backward.
 """
 
 from __future__ import annotations
