@@ -65,8 +65,10 @@ def finish_update(model: torch.nn.Module, rate: float) -> dict[str, float]:
 
     Returns:
         "expert_load", the greatest load of an expert of any layer over its layer's mean, and
-        "balance_loss", summed over layers and weighted.
+        "balance_loss", summed over layers and weighted, if it is on; nothing for a dense model.
     """
+    if not model.config.num_moe_experts:
+        return {}
     routers = _routers(model)
     largest = loss = 0.0
     if routers:  # alike on every rank of the group: it spans one pipeline stage
@@ -84,7 +86,8 @@ def finish_update(model: torch.nn.Module, rate: float) -> dict[str, float]:
         loss = losses.sum().item()
     stages: list = [None] * mpu.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(stages, (largest, loss), mpu.get_pipeline_model_parallel_group())
-    return {"expert_load": max(s[0] for s in stages), "balance_loss": sum(s[1] for s in stages)}
+    metrics = {"expert_load": max(s[0] for s in stages), "balance_loss": sum(s[1] for s in stages)}
+    return metrics if metrics["balance_loss"] else {"expert_load": metrics["expert_load"]}
 
 
 def _routers(model: torch.nn.Module) -> list[torch.nn.Module]:

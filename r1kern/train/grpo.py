@@ -162,7 +162,8 @@ class GRPO:
         options = self.config.grpo
         sequences = to_sequences(rollouts, options)
         denominators = counts(sequences)
-        if options.beta == 0 and options.entropy_coef == 0:
+        by_advantage = options.beta == 0 and options.entropy_coef == 0
+        if by_advantage and not self.policy.learns_from_all_tokens:
             # Without KL and entropy terms a sequence without advantage has a gradient of exactly
             # zero; the denominators count it all the same.
             sequences = [s for s in sequences if s.advantage]

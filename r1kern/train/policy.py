@@ -270,6 +270,12 @@ class Policy:
         )
 
     @property
+    def learns_from_all_tokens(self) -> bool:
+        """Whether tokens without a part in the loss change the weights all the same."""
+        experts = self.experts
+        return bool(self.options.mtp_coef or experts.balance_coef or experts.bias_update_rate)
+
+    @property
     def _tp_group(self) -> dist.ProcessGroup | None:
         return mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None
 
