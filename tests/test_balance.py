@@ -1,7 +1,7 @@
 """The experts' bias update and balance loss are the paper's, whatever the layout.
 
-The truth is transformers' model in float64 with the sequence-level loss of arXiv 2412.19437,
-equations 17-20, added by hooks on its routers.
+The truth is transformers' model in float64 (but for its routers, which compute in float32) with the
+sequence-level loss of arXiv 2412.19437, equations 17-20, added by hooks on them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Truth:
     """One update's loss, gradient norm, balance loss and expert counts, one sequence at a time."""
 
     def __init__(self, folder, sequences: list[Sequence]):
-        self.model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self.model = DeepseekV3ForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, experts_implementation="eager"
+        ).eval()
         self.routed: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         for i, layer in enumerate(self.model.model.layers):
             if hasattr(layer.mlp, "gate"):

@@ -44,6 +44,7 @@ def test_updates_are_the_same_bit_for_bit(found):
         assert result["updates"] == plain["updates"], run  # losses, gradient norms, expert loads
         for name, weight in plain["weights"].items():  # biases among them
             assert result["weights"][name].equal(weight), (run, name)
+        assert result["counts"].equal(plain["counts"]), run  # no token counted twice
 
 
 def test_less_is_saved_for_the_backward(found):
