@@ -46,7 +46,7 @@ class Model(_Section):
     trust_remote_code: bool = False  # run Python code that comes with tokenizer or model
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"  # auto: the best there is
     transformer_engine: bool = False  # its attention, norms and linears (CUDA)
-    mtp_coef: float = Field(0.0, ge=0)  # weight of the multi-token-prediction loss; 0: frozen
+    mtp_coef: float = Field(0.0, ge=0)  # weight of the multi-token-prediction loss; 0: kept as is
 
     @model_validator(mode="after")
     def _transformer_engine_fits(self):

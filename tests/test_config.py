@@ -9,6 +9,7 @@ from tiny_model import tiny_config
 from r1kern.config import Parallel, SFTConfig, TrainConfig, dump_config, load_config, parse_config
 from r1kern.errors import UserError
 from r1kern.model.hf_config import check_layout
+from r1kern.model.layout import stage_layers
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
@@ -88,14 +89,14 @@ def test_a_file_that_is_missing_or_not_yaml(tmp_path):
 
 def test_an_impossible_layout_is_refused_with_every_reason():
     with pytest.raises(UserError) as error:
-        check_layout(tiny_config(), Parallel(tp=3, ep=5, pp=2, generator_tp=8), world_size=7)
+        check_layout(tiny_config(), Parallel(tp=3, ep=5, pp=4, generator_tp=8), world_size=7)
     message = str(error.value)
     for reason in (
         "parallel.tp=3 does not divide num_attention_heads=4 (try 2)",
         "parallel.ep=5 does not divide n_routed_experts=16 (try 4)",
-        "parallel.pp=2 does not divide num_hidden_layers=3 (try 1)",
+        "parallel.pp=4 exceeds num_hidden_layers=3 (try 3)",
         "parallel.generator_tp=8 does not divide num_attention_heads=4 (try 4)",
-        "tp*pp=6 does not divide the world size 7 (start 12 processes",
+        "tp*pp=12 does not divide the world size 7 (start 12 processes",
     ):
         assert reason in message
     assert "\n" not in message
@@ -103,3 +104,44 @@ def test_an_impossible_layout_is_refused_with_every_reason():
 
 def test_a_possible_layout_passes():
     check_layout(tiny_config(), Parallel(tp=2, ep=4, pp=3, generator_tp=2), world_size=12)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        ({"pp": 2, "layers": [2, 2]}, "must be 2 numbers (parallel.pp) that add up to"),
+        ({"pp": 2, "layers": [3]}, "num_hidden_layers=3 (try [2, 1])"),
+        ({"world_size": 8}, "parallel.world_size=8 but the job has 4 processes (start 8"),
+    ],
+)
+def test_stages_and_worlds_that_do_not_fit(parallel, words):
+    with pytest.raises(UserError) as error:
+        check_layout(tiny_config(), Parallel(**parallel), world_size=4)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "split"),
+    [
+        (61, 16, [3, *[4] * 14, 2]),  # DeepSeek-V3
+        (61, 12, [5, 6, 6, *[5] * 8, 4]),
+        (4, 2, [2, 2]),
+        (3, 2, [2, 1]),
+        (5, 4, [1, 1, 2, 1]),
+        (1, 1, [1]),
+    ],
+)
+def test_the_default_split_spares_the_first_and_last_stage(layers, stages, split):
+    assert stage_layers(layers, Parallel(pp=stages)) == split
+
+
+def test_every_default_split_is_whole():
+    for layers in range(1, 70):
+        for stages in range(1, layers + 1):
+            split = stage_layers(layers, Parallel(pp=stages))
+            assert sum(split) == layers
+            assert len(split) == stages
+            assert min(split) >= 1
+            assert split[0] <= max(split[1:-1], default=layers)
+            assert split[-1] <= max(split[1:-1], default=layers)

@@ -26,10 +26,13 @@ LAYOUTS = {
         4: ["2,2,1,60", "2,2,2,100"],
     },
     "yarn": {1: ["1,1,1,2000"], 2: ["2,1,1,100", "1,2,1,60", "1,1,2,60"]},
+    "uneven": {1: ["1,1,1,2000"], 4: ["1,1,4,60"]},  # 5 layers on 4 stages
 }
 
 
-@pytest.fixture(scope="module", params=list(LAYOUTS))
+@pytest.fixture(
+    scope="module", params=["plain", "yarn", pytest.param("uneven", marks=pytest.mark.full)]
+)
 def kind(request):
     return request.param
 
@@ -38,7 +41,10 @@ def kind(request):
 def truth(kind, tmp_path_factory):
     """A random model, transformers' logits of it, and a ragged batch to train on."""
     folder = tmp_path_factory.mktemp(kind)
-    config = write_tiny_model(folder / "model", seed=1, yarn=kind == "yarn", num_hidden_layers=4)
+    layers = 5 if kind == "uneven" else 4
+    config = write_tiny_model(
+        folder / "model", seed=1, yarn=kind == "yarn", num_hidden_layers=layers
+    )
     model = DeepseekV3ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(2)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 YARN = {
@@ -93,3 +95,31 @@ def write_tiny_model(
     randomise(model, seed)
     model.save_pretrained(path)
     return config
+
+
+def write_tiny_mtp_model(path: str | Path, *, layers: int, depths: int) -> DeepseekV3ForCausalLM:
+    """Writes a tiny model with multi-token prediction under the published names.
+
+    Returns:
+        It, float32, as a model of `layers + depths` layers, whose last ones are those of the MTP
+        modules.
+    """
+    path = Path(path)
+    write_tiny_model(path, seed=3, num_hidden_layers=layers + depths)
+    model = DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(4)
+    for i in range(layers, layers + depths):
+        own = f"model.layers.{i}."
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{own}{norm}.weight"] = 1 + 0.2 * torch.randn(64, generator=generator)
+        joint = torch.randn(64, 128, generator=generator) / 128**0.5
+        tensors[f"{own}eh_proj.weight"] = joint
+        tensors[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config.pop("num_mtp_layers", None)
+    config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": depths}
+    (path / "config.json").write_text(json.dumps(config))
+    return model

@@ -6,12 +6,15 @@ packed), n heads of this rank, d head dimension, T packed tokens, B sequences, S
 
 from __future__ import annotations
 
+from functools import partial
+
 import megatron.core.transformer.multi_latent_attention as megatron_mla
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as megatron_te
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
 from r1kern.model.core_attention import Packing
 
@@ -96,26 +99,38 @@ class MLASelfAttention(megatron_mla.MLASelfAttention):
         )
         if c.sequence_parallel:
             k_rope = gather_from_sequence_parallel_region(k_rope, group=tp_group)
-        kv = self.linear_kv_up_proj(self.kv_layernorm(kv_latent))[0]
+        kv_latent = self.kv_layernorm(kv_latent)
+        q_latent = hidden_states
+        if c.q_lora_rank is not None:
+            q_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
+        up_project = partial(self._up_project, packing=packed_seq_params)
+        if self.recompute_up_proj:
+            # fp8=None: any other value, the default included, asks for Transformer Engine.
+            self.qkv_up_checkpoint = CheckpointWithoutOutput(fp8=None)
+            up_project = partial(self.qkv_up_checkpoint.checkpoint, up_project)
+        q, k, v = up_project(q_latent, kv_latent, k_rope)
+        return q, k, v, q_latent, kv_latent
+
+    def _up_project(self, q_latent, kv_latent, k_rope, *, packing):
+        """Latents [s, b, r], rotary key [s, b, d_rope] -> q, k, v (packed: without b)."""
+        c = self.config
+        kv = self.linear_kv_up_proj(kv_latent)[0]
         k_nope, v = kv.unflatten(-1, (-1, c.qk_head_dim + c.v_head_dim)).split(
             [c.qk_head_dim, c.v_head_dim], dim=-1
         )
-        q_latent = None
-        if c.q_lora_rank is None:
-            q = self.linear_q_proj(hidden_states)[0]
-        else:
-            q_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
-            q = self.linear_q_up_proj(q_latent)[0]
+        q_proj = self.linear_q_proj if c.q_lora_rank is None else self.linear_q_up_proj
+        q = q_proj(q_latent)[0]
         q_nope, q_rope = q.unflatten(-1, (-1, self.q_head_dim)).split(
             [c.qk_head_dim, c.qk_pos_emb_head_dim], dim=-1
         )
-        rope = self._rope(q.shape[0], packed_seq_params)
+        rope = self._rope(q.shape[0], packing)
         q_rope, k_rope = rope(q_rope), rope(k_rope.unsqueeze(-2))
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], dim=-1)
-        if packed_seq_params is not None:
+        v = v.contiguous()
+        if packing is not None:
             q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
-        return q, k, v, q_latent, kv_latent
+        return q, k, v
 
     def _rope(self, rows: int, packing: Packing | None):
         """The rotation of [s, b, n, d] by position, as a function."""

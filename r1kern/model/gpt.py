@@ -36,8 +36,9 @@ from r1kern.model.attention import (
     MLASelfAttention,
     RMSNorm,
 )
-from r1kern.model.core_attention import CoreAttention
+from r1kern.model.core_attention import CoreAttention, Packing
 from r1kern.model.moe import GroupedLinear, MoELayer, Router
+from r1kern.model.mtp import deeper, mtp_spec
 
 
 class DeepSeekV3(GPTModel):
@@ -47,6 +48,9 @@ class DeepSeekV3(GPTModel):
     [1, T]) and ends at the last hidden states [s * b, H], row s * b + b', all rows on every
     tensor-parallel rank; earlier stages return what the next one takes.  Log-probabilities and
     losses come from the ops of `ops.head` on them and `head_weight`: logits never exist whole.
+
+    With multi-token prediction and gradients enabled the states of every depth follow those of the
+    model: [(1 + depths) * s * b, H] (see `mtp.mtp_loss`).
     """
 
     @property
@@ -54,9 +58,35 @@ class DeepSeekV3(GPTModel):
         """[V / tp, H], this rank's rows of the language-model head (last stage only)."""
         return self.output_layer.weight
 
-    def _postprocess(self, hidden_states, **_):
+    def _preprocess(self, *, input_ids, packed_seq_params=None, **kwargs):
+        # Megatron hands its padding mask to every layer: the place for each row's sequence.
+        *rest, _ = super()._preprocess(
+            input_ids=input_ids,
+            packed_seq_params=packed_seq_params,
+            **{**kwargs, "padding_mask": None},
+        )
+        return (*rest, _sequence_ids(input_ids, packed_seq_params))
+
+    def _postprocess(self, hidden_states, input_ids, packed_seq_params=None, **_):
         if not self.post_process:
             return hidden_states
+        states = [hidden_states]
+        if self.mtp_process and torch.is_grad_enabled():
+            states += self._predict_deeper(hidden_states, input_ids, packed_seq_params)
+        rows = [self._whole(state) for state in states]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def _predict_deeper(self, hidden, input_ids, packing) -> list[torch.Tensor]:
+        """The states [s, b, H] of every multi-token-prediction depth."""
+        states, sequence_ids = [], _sequence_ids(input_ids, packing)
+        for depth, layer in enumerate(self.mtp.layers, 1):
+            tokens, ids = deeper(input_ids, sequence_ids, depth)
+            hidden = layer(hidden, self.embedding(tokens, None), ids, packing)
+            states.append(hidden)
+        return states
+
+    def _whole(self, hidden_states):
+        """[s, b, H] -> [s * b, H], all rows on every tensor-parallel rank."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(
@@ -65,6 +95,13 @@ class DeepSeekV3(GPTModel):
         else:
             whole = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         return whole.flatten(0, 1)
+
+
+def _sequence_ids(input_ids: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """int64 [b, s], the sequence of each token, -1 on padding."""
+    if packing is not None:
+        return packing.sequence_ids[None]
+    return torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(input_ids)
 
 
 def build_model(
@@ -85,10 +122,11 @@ def build_model(
     Raises:
         UserError: Transformer Engine is asked for and absent.
     """
-    spec = _block_spec(config)
+    spec, mtp = _block_spec(config), _mtp_spec(config)
     if with_transformer_engine:
         transformer_engine.check()
-        spec = transformer_engine.substitute(spec, transformer_engine.wrappers())
+        wrappers = transformer_engine.wrappers()
+        spec, mtp = (transformer_engine.substitute(part, wrappers) for part in (spec, mtp))
     model = DeepSeekV3(
         config,
         spec,
@@ -98,6 +136,7 @@ def build_model(
         post_process=mpu.is_pipeline_last_stage(),
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
+        mtp_block_spec=mtp,
     )
     return model.cuda() if torch.cuda.is_available() else model
 
@@ -110,6 +149,13 @@ def _block_spec(config: MLATransformerConfig) -> TransformerBlockSubmodules:
         for i in range(get_num_layers_to_build(config))
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _mtp_spec(config: MLATransformerConfig) -> ModuleSpec | None:
+    """The multi-token-prediction layers, MoE layers all of them, where this stage has them."""
+    if not config.mtp_num_layers or not mpu.is_pipeline_last_stage():
+        return None
+    return mtp_spec(_layer_spec(moe=True), RMSNorm, config.mtp_num_layers)
 
 
 def _layer_spec(*, moe: bool) -> ModuleSpec:

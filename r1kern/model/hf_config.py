@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -10,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from r1kern.config import Parallel
 from r1kern.errors import UserError
 from r1kern.model.config_json import check_config_json
+from r1kern.model.layout import stage_layers
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -35,6 +37,9 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
             f"{path}: model_type is '{config.model_type}', only 'deepseek_v3' can be trained"
         )
     vars(config).pop("quantization_config", None)
+    # transformers assumes one where the file says nothing; its own saves have no such weights.
+    if not {"num_nextn_predict_layers", "num_mtp_layers"} & set(json.loads(path.read_text())):
+        config.num_nextn_predict_layers = 0
     return config
 
 
@@ -56,7 +61,6 @@ def check_layout(hf: PretrainedConfig, parallel: Parallel, world_size: int) -> N
         ("tp", p.tp, "intermediate_size", hf.intermediate_size),
         ("tp", p.tp, "shared expert width", hf.moe_intermediate_size * hf.n_shared_experts),
         ("ep", p.ep, "n_routed_experts", hf.n_routed_experts),
-        ("pp", p.pp, "num_hidden_layers", hf.num_hidden_layers),
         ("generator_tp", p.generator_tp, "num_attention_heads", hf.num_attention_heads),
         ("generator_tp", p.generator_tp, "world size", world_size),
     ]
@@ -65,6 +69,12 @@ def check_layout(hf: PretrainedConfig, parallel: Parallel, world_size: int) -> N
         for axis, size, name, value in divides
         if value % size
     ]
+    lines += _stage_violations(hf.num_hidden_layers, p)
+    if p.world_size not in (None, world_size):
+        lines.append(
+            f"parallel.world_size={p.world_size} but the job has {world_size} processes (start "
+            f"{p.world_size} with torchrun, or change parallel.world_size)"
+        )
     for axes, size in (("tp*pp", p.tp * p.pp), ("ep*pp", p.ep * p.pp)):
         if world_size % size:
             lines.append(
@@ -73,6 +83,18 @@ def check_layout(hf: PretrainedConfig, parallel: Parallel, world_size: int) -> N
             )
     if lines:
         raise UserError("impossible layout: " + "; ".join(lines))
+
+
+def _stage_violations(num_layers: int, p: Parallel) -> list[str]:
+    if num_layers < p.pp:
+        return [f"parallel.pp={p.pp} exceeds num_hidden_layers={num_layers} (try {num_layers})"]
+    if p.layers and (len(p.layers) != p.pp or sum(p.layers) != num_layers):
+        default = stage_layers(num_layers, p.model_copy(update={"layers": []}))
+        return [
+            f"parallel.layers={p.layers} must be {p.pp} numbers (parallel.pp) that add up to "
+            f"num_hidden_layers={num_layers} (try {default})"
+        ]
+    return []
 
 
 def _nearest(size: int, value: int) -> int:

@@ -7,11 +7,22 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from transformers import PretrainedConfig
 
+from r1kern.config import Parallel
+from r1kern.model.layout import megatron_layout, stage_layers
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def to_megatron_config(
-    hf: PretrainedConfig, *, tp: int, ep: int, pp: int, dtype: torch.dtype, **overrides
+    hf: PretrainedConfig,
+    *,
+    tp: int,
+    ep: int,
+    pp: int,
+    dtype: torch.dtype,
+    layers: list[int] | None = None,
+    mtp: bool = False,
+    **overrides,
 ) -> MLATransformerConfig:
     """Megatron-core configuration of a DeepSeek-V3 model (arXiv 2412.19437).
 
@@ -19,10 +30,14 @@ def to_megatron_config(
         hf: transformers' `DeepseekV3Config`.
         tp, ep, pp: parallel sizes; sequence parallelism is on whenever tp > 1.
         dtype: of parameters and activations.
+        layers: of each pipeline stage; None: `stage_layers`' default.
+        mtp: build the multi-token-prediction layers, on the last stage.
         overrides: fields of `MLATransformerConfig`, for what is not in `config.json`.
     """
     rope = dict(hf.rope_parameters)
     yarn = rope.get("rope_type", "default") == "yarn"
+    mtp_layers = hf.num_nextn_predict_layers if mtp else 0
+    layers = layers or stage_layers(hf.num_hidden_layers, Parallel(pp=pp))
     fields = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -64,7 +79,7 @@ def to_megatron_config(
         moe_router_topk_scaling_factor=hf.routed_scaling_factor,
         moe_router_score_function="sigmoid",
         moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,  # reinforcement learning keeps the trained bias
+        moe_router_bias_update_rate=0.0,  # `balance.finish_update` does it, after the optimizer
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
@@ -84,6 +99,8 @@ def to_megatron_config(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
         pipeline_model_parallel_size=pp,
+        pipeline_model_parallel_layout=megatron_layout(layers, mtp_layers),
+        mtp_num_layers=mtp_layers or None,
         variable_seq_lengths=pp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,

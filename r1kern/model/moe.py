@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_layer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -14,6 +16,7 @@ from megatron.core.transformer.utils import (
 )
 
 from r1kern import ops
+from r1kern.model import balance
 from r1kern.model.dispatch import Dispatcher
 
 
@@ -25,22 +28,59 @@ class MoELayer(moe_layer.MoELayer):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.token_dispatcher = Dispatcher(self.num_local_experts, config, groups)
 
+    def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
+        """[s, b, h] -> [s, b, h] and no bias.
+
+        Args:
+            padding_mask: what Megatron carries here for us, the sequence of each row, int64
+                [b, s of all sequence-parallel ranks], -1 on padding.
+        """
+        assert intermediate_tensors is None, "CUDA graphs of parts of the layer are not supported"
+        if self.moe_layer_recompute:
+            return tensor_parallel.checkpoint(self._mix, False, hidden_states, padding_mask), None
+        return self._mix(hidden_states, padding_mask), None
+
+    def _mix(self, hidden, sequence_ids):
+        shared = self.shared_experts_compute(hidden)
+        weights, routing = self.router(hidden, sequence_ids)
+        rows, weights = self.token_dispatcher.dispatch_preprocess(hidden, routing, weights)
+        rows, _ = self.routed_experts_compute(*self.dispatch(rows, weights))
+        return self.postprocess(self.combine(rows), shared)
+
 
 class Router(TopKRouter):
     """Sigmoid, group-limited, bias-corrected routing through `ops.route`.
 
     Megatron scores a group by its top `topk // topk_groups` experts, DeepSeek-V3 by its top two;
     they agree on the 671B shape only.
+
+    Attributes:
+        counts: int64 [E], tokens that chose each expert since the last `balance.finish_update`,
+            padding left out; only passes with a gradient count.
+        balance_weight: of each sequence's balance loss; 0 leaves it out.
+        balance_loss: float32 0-d, this rank's share of it since then, weighted.
     """
 
     tape = None  # `replay.Recorder` or `replay.Player` of the pass
+
+    def __init__(self, config, pg_collection=None):
+        super().__init__(config, pg_collection)
+        device = self.expert_bias.device
+        counts = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=device)
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("balance_loss", torch.zeros([], device=device), persistent=False)
+        self.balance_weight = 0.0
 
     def gating(self, input):
         """[s, b, h] -> float32 logits [s, b, E]."""
         return F.linear(input.float(), self.weight.float())
 
     def routing(self, logits, padding_mask=None):
-        """Float32 logits [s, b, E] -> weights [T, K] and the `ops.Routing` they are part of."""
+        """Float32 logits [s, b, E] -> weights [T, K] and the `ops.Routing` they are part of.
+
+        Args:
+            padding_mask: the sequence of each row, see `MoELayer.forward`.
+        """
         c = self.config
         routing = ops.route(
             logits.flatten(0, -2),
@@ -53,9 +93,32 @@ class Router(TopKRouter):
         if self.tape is not None:
             scale = c.moe_router_topk_scaling_factor
             routing = self.tape(logits.flatten(0, -2), routing, scale)
-        if self.enable_expert_bias and torch.is_grad_enabled():
-            self.local_tokens_per_expert += routing.counts
-        return routing.weights, routing
+        weights = routing.weights
+        if torch.is_grad_enabled():  # with recomputation on, the second forward only
+            ids = self._own_rows(padding_mask)
+            self.counts += count(routing.indices, ids >= 0, c.num_moe_experts)
+            if self.balance_weight:
+                loss = self.balance_weight * balance.sequence_loss(
+                    logits.flatten(0, -2),
+                    ids,
+                    sequences=int(padding_mask.max()) + 1,
+                    topk=c.moe_router_topk,
+                    group=self.tp_group,
+                )
+                self.balance_loss += loss.detach()
+                weights = MoEAuxLossAutoScaler.apply(weights, loss)
+        return weights, routing
+
+    def _own_rows(self, sequence_ids):
+        """int64 [b, s of all ranks] -> [T], the sequence of each row of this rank."""
+        rows = sequence_ids.T.flatten()
+        return rows.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+
+def count(indices: torch.Tensor, real: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int64 [E], how many of the `real` rows (bool [T]) chose each expert (int64 [T, K])."""
+    weights = real.long().repeat_interleave(indices.shape[1])
+    return indices.new_zeros(num_experts).scatter_add_(0, indices.flatten(), weights)
 
 
 class GroupedLinear(torch.nn.Module):

@@ -59,16 +59,31 @@ _LAYER = {
     "mlp.shared_experts.linear_fc2.weight": (("mlp.shared_experts.down_proj.weight",), 1),
 }
 
+_MTP = {
+    "enorm.weight": (("enorm.weight",), None),
+    "hnorm.weight": (("hnorm.weight",), None),
+    "eh_proj.weight": (("eh_proj.weight",), 0),
+    "final_layernorm.weight": (("shared_head.norm.weight",), None),
+}
+
+_SHARED = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
+
 _EXPERT = {
     "mlp.experts.linear_fc1.weight": ("gate_proj.weight", "up_proj.weight"),
     "mlp.experts.linear_fc2.weight": ("down_proj.weight",),
 }
 
 
-def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(hf: PretrainedConfig, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model, in the order `export_weights` yields them.
 
-    Multi-token-prediction layers are not part of it.
+    Args:
+        mtp: with the multi-token-prediction layers, the published copies of embedding and head in
+            each of them included (see `shared_name`).  A generator that does not decode
+            speculatively must not be sent them.
     """
     heads, nope, rope, v = (
         hf.num_attention_heads,
@@ -98,8 +113,14 @@ def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         }
 
     shapes = {"model.embed_tokens.weight": (hf.vocab_size, hidden)}
-    for i in range(hf.num_hidden_layers):
+    depths = hf.num_nextn_predict_layers if mtp else 0
+    for i in range(hf.num_hidden_layers + depths):
         layer = f"model.layers.{i}."
+        if i >= hf.num_hidden_layers:
+            shapes |= {f"{layer}{n}": (hf.vocab_size, hidden) for n in _SHARED}
+            shapes |= {f"{layer}{n}.weight": (hidden,) for n in ("enorm", "hnorm")}
+            shapes[f"{layer}eh_proj.weight"] = (hidden, 2 * hidden)
+            shapes[f"{layer}shared_head.norm.weight"] = (hidden,)
         shapes[f"{layer}input_layernorm.weight"] = (hidden,)
         shapes |= {f"{layer}self_attn.{k}.weight": s for k, s in attention.items()}
         shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
@@ -114,6 +135,16 @@ def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     shapes["model.norm.weight"] = (hidden,)
     shapes["lm_head.weight"] = (hf.vocab_size, hidden)
     return shapes
+
+
+def shared_name(name: str) -> str:
+    """The tensor of which `name` is a copy: itself but for an MTP layer's embedding and head.
+
+    The published checkpoint repeats both in every multi-token-prediction layer.  The model has them
+    once: on import the copies are not read, on export they are what the model has.
+    """
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    return _SHARED.get(rest, name) if layer.isdigit() else name
 
 
 def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]:
@@ -131,13 +162,15 @@ def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]
         if name in _OUTSIDE:
             yield name, tensor.data, _OUTSIDE[name]
             continue
-        index, rest = name.removeprefix("decoder.layers.").split(".", 1)
-        layer = f"model.layers.{int(index) + first_layer}."
+        block, _, index, rest = name.split(".", 3)  # decoder.layers.0.… or mtp.layers.0.…
+        first = model.config.num_layers if block == "mtp" else first_layer
+        layer = f"model.layers.{int(index) + first}."
+        rest = rest.removeprefix("transformer_layer.")
         stem = rest.rstrip("0123456789")
         if stem in _EXPERT:
             expert = first_expert + int(rest[len(stem) :])
             names = tuple(f"{layer}mlp.experts.{expert}.{n}" for n in _EXPERT[stem])
             yield name, tensor.data, Slot(names, None)
         else:
-            names, split = _LAYER[rest]
+            names, split = (_LAYER | _MTP)[rest]
             yield name, tensor.data, Slot(tuple(layer + n for n in names), split)

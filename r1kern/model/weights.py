@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from r1kern.model.gpt import DeepSeekV3
-from r1kern.model.names import hf_shapes, local_tensors
+from r1kern.model.layout import stage_of
+from r1kern.model.names import hf_shapes, local_tensors, shared_name
 
 
 @torch.no_grad()
-def export_weights(model: DeepSeekV3, hf: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(
+    model: DeepSeekV3, hf: PretrainedConfig, names: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors by Hugging Face name, layer by layer, on every rank.
 
     Collective: all ranks iterate to the end together.  One layer's experts are gathered at a time;
     without parallelism the tensors are views of the parameters.
 
+    Args:
+        model: the local stage.
+        hf: its configuration.
+        names: of the tensors, among those of `hf_shapes(hf, mtp=True)`; without
+            multi-token prediction by default.
+
     Yields:
         (name, tensor) in the order of `hf_shapes`.
     """
-    shapes = hf_shapes(hf)
+    shapes = hf_shapes(hf, mtp=True)
     mine: dict[str, tuple[torch.Tensor, int | None]] = {}
     for _, tensor, slot in local_tensors(model):
         for part, name in zip(tensor.chunk(len(slot.names)), slot.names, strict=True):
             mine[name] = (part, slot.split)
-    for name in shapes:
-        owner_stage, owner_ep = _owner(name, hf)
+    for asked in hf_shapes(hf) if names is None else names:
+        name = shared_name(asked)
+        owner_stage, owner_ep = _owner(name, hf, model.config)
         tensor = None
         if owner_stage == mpu.get_pipeline_model_parallel_rank():
             if owner_ep is None:
@@ -51,16 +62,16 @@ def export_weights(model: DeepSeekV3, hf: PretrainedConfig) -> Iterator[tuple[st
             shapes[name],
             dtype or model.config.params_dtype,
         )
-        yield name, tensor
+        yield asked, tensor
 
 
-def _owner(name: str, hf: PretrainedConfig) -> tuple[int, int | None]:
+def _owner(name: str, hf: PretrainedConfig, config: TransformerConfig) -> tuple[int, int | None]:
     """Pipeline stage and, for an expert, expert-parallel rank that hold a tensor."""
     pp = mpu.get_pipeline_model_parallel_world_size()
     if not name.startswith("model.layers."):
         return (0 if name == "model.embed_tokens.weight" else pp - 1), None
     fields = name.split(".")
-    stage = int(fields[2]) // (hf.num_hidden_layers // pp)
+    stage = stage_of(int(fields[2]), config)
     if ".mlp.experts." not in name:
         return stage, None
     per_rank = hf.n_routed_experts // mpu.get_expert_model_parallel_world_size()

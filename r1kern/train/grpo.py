@@ -82,6 +82,8 @@ class GRPO:
             config.optim,
             world,
             total_updates=config.train.steps * config.grpo.updates_per_batch,
+            experts=config.experts,
+            recompute=config.train.recompute,
         )
         if config.grpo.beta > 0:
             self.policy.keep_reference()
@@ -175,7 +177,8 @@ class GRPO:
         options = self.config.grpo
         sequences = to_sequences(rollouts, options)
         denominators = counts(sequences)
-        if options.beta == 0 and options.entropy_coef == 0:
+        by_advantage = options.beta == 0 and options.entropy_coef == 0
+        if by_advantage and not self.policy.learns_from_all_tokens:
             # Without KL and entropy terms a sequence without advantage has a gradient of exactly
             # zero; the denominators count it all the same.
             sequences = [s for s in sequences if s.advantage]

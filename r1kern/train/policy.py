@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1kern import ops
-from r1kern.config import Model, Optim, Parallel
+from r1kern.config import Experts, Model, Optim, Parallel, RecomputedPart
 from r1kern.distributed import World
+from r1kern.errors import UserError
+from r1kern.model import balance
 from r1kern.model.attention_kernel import Facts, choose_kernel
+from r1kern.model.carry import export_whole
 from r1kern.model.core_attention import Packing
 from r1kern.model.export_dtype import ExportDtype
 from r1kern.model.flops import attention_head_dim
@@ -31,8 +34,11 @@ from r1kern.model.hf_config import check_layout, read_hf_config
 from r1kern.model.hf_reader import HFReader
 from r1kern.model.hf_writer import write_model_folder
 from r1kern.model.import_hf import import_weights
+from r1kern.model.layout import stage_layers
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
+from r1kern.model.mtp import mtp_loss
 from r1kern.model.names import local_tensors
+from r1kern.model.recompute import recompute_fields
 from r1kern.model.replay import Choices, agreement, playing, recording
 from r1kern.model.weights import export_weights
 from r1kern.train import adam
@@ -72,24 +78,42 @@ class Policy:
         optim: AdamW and its schedule.
         world: from `distributed.start`.
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
+        experts: their balance.
+        recompute: parts computed again in the backward.
 
     Raises:
         UserError: the model cannot be laid out so (all reasons at once) or read.
     """
 
     def __init__(
-        self, model: Model, parallel: Parallel, optim: Optim, world: World, *, total_updates: int
+        self,
+        model: Model,
+        parallel: Parallel,
+        optim: Optim,
+        world: World,
+        *,
+        total_updates: int,
+        experts: Experts = Experts(),  # noqa: B008  (frozen)
+        recompute: Sequence[RecomputedPart] = (),
     ):
-        self.world = world
+        self.world, self.options, self.experts = world, model, experts
         self.source = model.path
         self.hf = read_hf_config(model.path)
         check_layout(self.hf, parallel, world.size)
+        if model.mtp_coef and not self.hf.num_nextn_predict_layers:
+            raise UserError(
+                f"model.mtp_coef={model.mtp_coef} but {model.path}/config.json has no "
+                f"multi-token-prediction layers (num_nextn_predict_layers): set model.mtp_coef=0"
+            )
         self.config = to_megatron_config(
             self.hf,
             tp=parallel.tp,
             ep=parallel.ep,
             pp=parallel.pp,
             dtype=DTYPES[model.dtype],
+            layers=stage_layers(self.hf.num_hidden_layers, parallel),
+            mtp=model.mtp_coef > 0,
+            **recompute_fields(list(recompute)),
             # Gradients are sums already: nothing may divide them by a count of tokens.
             finalize_model_grads_func=lambda chunks, num_tokens=None, **groups: (
                 finalize_model_grads(chunks, None, **groups)
@@ -210,7 +234,10 @@ class Policy:
         """One optimizer step on the sum of `loss` over all micro-batches and replicas.
 
         The loss carries its global denominator, so that the gradient does not depend on how the
-        batch was cut.  Metrics are summed likewise, those named `max_*` are maxima.
+        batch was cut.  Metrics are summed likewise, those named `max_*` are maxima.  The losses of
+        multi-token prediction (mean over completion tokens) and expert balance (mean over
+        sequences) of the packed batch are added by the options `model.mtp_coef` and
+        `experts.balance_coef`; "loss" includes the former.
 
         Args:
             choices: experts recorded in a pass over the same batches (`replay.recording`); adds
@@ -224,8 +251,15 @@ class Policy:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+        tokens, sequences = self._count(batches)
+        balance.start_update(self.model, self.experts.balance_coef / sequences)
+
         def step(batch, hidden):
             value, metrics = loss(self._head(hidden, batch, temperature), batch)
+            if self.options.mtp_coef:
+                mtp = self._mtp_loss(hidden, batch, tokens)
+                value = value + self.options.mtp_coef * mtp
+                metrics = {**metrics, "mtp_loss": mtp}
             metrics = {k: v.detach() for k, v in {"loss": value, **metrics}.items()}
             return value, torch.zeros([], dtype=torch.int), metrics
 
@@ -244,17 +278,47 @@ class Policy:
                 f"the gradient of update {self.version + 1} is {grad_norm}; the weights are "
                 f"damaged, resume from the last checkpoint with a lower optim.lr"
             )
+        load = balance.finish_update(self.model, self.experts.bias_update_rate)
         self.scheduler.step(1)
         self.version += 1
-        return metrics | {"grad_norm": float(grad_norm)}
+        return metrics | load | {"grad_norm": float(grad_norm)}
+
+    def _count(self, batches: list[PackedBatch]) -> tuple[int, int]:
+        """Completion tokens and sequences of the global batch, each at least 1."""
+        counts = torch.tensor(
+            [sum(len(b.targets) for b in batches), sum(len(b.mask) for b in batches)],
+            device=self.world.device,
+        )
+        dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+        tokens, sequences = counts.clamp(min=1).tolist()
+        return tokens, sequences
+
+    def _mtp_loss(self, hidden, batch: PackedBatch, num_tokens: int) -> torch.Tensor:
+        return mtp_loss(
+            hidden,
+            self.model.head_weight,
+            batch,
+            depths=self.config.mtp_num_layers,
+            num_tokens=num_tokens,
+            tp_group=self._tp_group,
+        )
+
+    @property
+    def learns_from_all_tokens(self) -> bool:
+        """Whether tokens without a part in the loss change the weights all the same."""
+        experts = self.experts
+        return bool(self.options.mtp_coef or experts.balance_coef or experts.bias_update_rate)
+
+    @property
+    def _tp_group(self) -> dist.ProcessGroup | None:
+        return mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None
 
     def _head(self, hidden, batch: PackedBatch, temperature: float) -> Head:
-        group = mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None
         return Head(
             hidden.index_select(0, batch.rows),
             self.model.head_weight,
             batch.targets,
-            {"temperature": temperature, "tp_group": group},
+            {"temperature": temperature, "tp_group": self._tp_group},
         )
 
     def _run(self, batches: list[PackedBatch], step, **schedule) -> list:
@@ -262,7 +326,7 @@ class Policy:
 
         def forward_step(iterator, model):
             batch = next(iterator)
-            packing = Packing.of(batch.cu_seqlens, len(batch.mask))
+            packing = Packing.of(batch.cu_seqlens, sequences=len(batch.mask))
             output = model(
                 batch.tokens[None], batch.positions[None], None, packed_seq_params=packing
             )
@@ -307,15 +371,23 @@ class Policy:
     # -- weights ----------------------------------------------------------------------------
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors by Hugging Face name; see `weights.export_weights`."""
+        """Whole tensors by Hugging Face name, without multi-token prediction, for the generator.
+
+        See `weights.export_weights`.
+        """
         return export_weights(self.model, self.hf)
+
+    def export_whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """`export` with multi-token prediction; see `carry.export_whole`."""
+        source = HFReader(self.source, self.hf) if self.options.init == "load" else None
+        return export_whole(self.model, self.hf, source, is_writer=self.world.is_main)
 
     def save_hf(self, folder, dtype: ExportDtype | None = None) -> None:
         """Write a folder that transformers and vLLM load, in `dtype` or the model's; collective."""
         own = "fp32" if self.config.params_dtype == torch.float32 else "bf16"
         write_model_folder(
             folder,
-            self.export(),
+            self.export_whole(),
             like=self.source,
             is_writer=self.world.is_main,
             dtype=dtype or own,

@@ -35,7 +35,13 @@ class SFT:
         )
         self.pairs = Stream(pairs, config.run.seed)
         self.policy = Policy(
-            config.model, config.parallel, config.optim, world, total_updates=config.train.steps
+            config.model,
+            config.parallel,
+            config.optim,
+            world,
+            total_updates=config.train.steps,
+            experts=config.experts,
+            recompute=config.train.recompute,
         )
 
     def step(self) -> dict[str, float]:
