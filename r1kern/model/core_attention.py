@@ -106,9 +106,12 @@ class CoreAttention(MegatronModule):
         return _Ungrid.apply(out, flat).flatten(1)
 
     def _attend(self, q, k, v):
-        """q, k [b, n, s, d_qk], v [b, n, s, d_v] -> [b, n, s, d_v]."""
+        """q [b, n, s, d_qk], k [b, g, s, d_qk], v [b, g, s, d_v] -> [b, n, s, d_v], g divides n."""
         d_v = v.shape[-1]
         if d_v != q.shape[-1]:  # flash kernels want them equal; the fallback holds s x s scores
             v = F.pad(v, (0, q.shape[-1] - d_v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        )
         return out[..., :d_v]

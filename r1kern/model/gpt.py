@@ -36,6 +36,7 @@ from r1kern.model.attention import (
     RMSNorm,
 )
 from r1kern.model.core_attention import CoreAttention
+from r1kern.model.dense import DenseConfig, dense_layer_spec, scale_rope
 from r1kern.model.moe import GroupedLinear, MoELayer, Router
 
 
@@ -51,6 +52,8 @@ class DeepSeekV3(GPTModel):
     @property
     def head_weight(self) -> torch.Tensor:
         """[V / tp, H], this rank's rows of the language-model head (last stage only)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def _postprocess(self, hidden_states, **_):
@@ -66,7 +69,9 @@ class DeepSeekV3(GPTModel):
         return whole.flatten(0, 1)
 
 
-def build_model(config: MLATransformerConfig, *, vocab_size: int, max_positions: int) -> DeepSeekV3:
+def build_model(
+    config: MLATransformerConfig | DenseConfig, *, vocab_size: int, max_positions: int
+) -> DeepSeekV3:
     """This rank's pipeline stage, initialised from torch's random state.
 
     Args:
@@ -74,6 +79,7 @@ def build_model(config: MLATransformerConfig, *, vocab_size: int, max_positions:
         vocab_size: rows of the embedding and of the head; must divide by the TP size.
         max_positions: longest sequence.
     """
+    dense = isinstance(config, DenseConfig)
     model = DeepSeekV3(
         config,
         _block_spec(config),
@@ -82,16 +88,21 @@ def build_model(config: MLATransformerConfig, *, vocab_size: int, max_positions:
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+        rotary_base=config.rotary_base,
+        share_embeddings_and_output_weights=dense and config.tied_embeddings,
     )
+    if dense:
+        scale_rope(model.rotary_pos_emb, config)
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _block_spec(config: MLATransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: MLATransformerConfig | DenseConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage."""
     first = get_transformer_layer_offset(config)
     layers = [
-        _layer_spec(moe=bool(config.moe_layer_freq[first + i]))
+        dense_layer_spec()
+        if isinstance(config, DenseConfig)
+        else _layer_spec(moe=bool(config.moe_layer_freq[first + i]))
         for i in range(get_num_layers_to_build(config))
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -8,10 +8,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from r1kern.config import Parallel
 from r1kern.errors import UserError
+from r1kern.model.dense_hf import MODEL_TYPES, check_supported, is_dense
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
-    """Read `config.json` of a DeepSeek-V3-architecture model.
+    """Read `config.json` of a DeepSeek-V3-architecture, Qwen2 or Llama-3 model.
 
     Raises:
         UserError: no such file, or another architecture.
@@ -22,10 +23,13 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
             f"{path} does not exist: point model.path at a folder in Hugging Face format"
         )
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    if config.model_type != "deepseek_v3":
+    known = ("deepseek_v3", *MODEL_TYPES)
+    if config.model_type not in known:
         raise UserError(
-            f"{path}: model_type is '{config.model_type}', only 'deepseek_v3' can be trained"
+            f"{path}: model_type is '{config.model_type}', only {', '.join(known)} can be trained"
         )
+    if is_dense(config):
+        check_supported(config)
     return config
 
 
@@ -45,12 +49,17 @@ def check_layout(hf: PretrainedConfig, parallel: Parallel, world_size: int) -> N
         ("tp", p.tp, "num_attention_heads", hf.num_attention_heads),
         ("tp", p.tp, "vocab_size", hf.vocab_size),
         ("tp", p.tp, "intermediate_size", hf.intermediate_size),
-        ("tp", p.tp, "shared expert width", hf.moe_intermediate_size * hf.n_shared_experts),
-        ("ep", p.ep, "n_routed_experts", hf.n_routed_experts),
         ("pp", p.pp, "num_hidden_layers", hf.num_hidden_layers),
         ("generator_tp", p.generator_tp, "num_attention_heads", hf.num_attention_heads),
         ("generator_tp", p.generator_tp, "world size", world_size),
     ]
+    if is_dense(hf):
+        divides.append(("tp", p.tp, "num_key_value_heads", hf.num_key_value_heads))
+        divides.append(("ep", p.ep, "1 (a dense model has no experts)", 1))
+    else:
+        shared_width = hf.moe_intermediate_size * hf.n_shared_experts
+        divides.append(("tp", p.tp, "shared expert width", shared_width))
+        divides.append(("ep", p.ep, "n_routed_experts", hf.n_routed_experts))
     lines = [
         f"parallel.{axis}={size} does not divide {name}={value} (try {_nearest(size, value)})"
         for axis, size, name, value in divides

@@ -53,7 +53,7 @@ class SafetensorsReader:
         """
         if name not in self._file_of:
             raise UserError(
-                f"{self.folder} has no tensor '{name}': it is not a whole DeepSeek-V3 checkpoint "
+                f"{self.folder} has no tensor '{name}': it is not a whole checkpoint "
                 f"with one tensor per expert"
             )
         cut = self._file_of[name].get_slice(name)
@@ -100,6 +100,8 @@ def write_model_folder(
 def _complete_config(path: Path) -> None:
     """vLLM reads two routing fields that transformers leaves out of `config.json`."""
     config = json.loads(path.read_text())
+    if config["model_type"] != "deepseek_v3":
+        return
     config.setdefault("topk_method", "noaux_tc")
     config.setdefault("scoring_func", "sigmoid")
     config.setdefault("architectures", ["DeepseekV3ForCausalLM"])

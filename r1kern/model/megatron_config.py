@@ -7,20 +7,26 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from transformers import PretrainedConfig
 
+from r1kern.model.dense import DenseConfig
+from r1kern.model.dense_hf import dense_fields, is_dense
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def to_megatron_config(
     hf: PretrainedConfig, *, tp: int, ep: int, pp: int, dtype: torch.dtype, **overrides
-) -> MLATransformerConfig:
-    """Megatron-core configuration of a DeepSeek-V3 model (arXiv 2412.19437).
+) -> MLATransformerConfig | DenseConfig:
+    """Megatron-core configuration of a DeepSeek-V3 (arXiv 2412.19437) or a dense model.
 
     Args:
-        hf: transformers' `DeepseekV3Config`.
+        hf: transformers' `DeepseekV3Config`, `Qwen2Config` or `LlamaConfig`.
         tp, ep, pp: parallel sizes; sequence parallelism is on whenever tp > 1.
         dtype: of parameters and activations.
-        overrides: fields of `MLATransformerConfig`, for what is not in `config.json`.
+        overrides: fields of the result, for what is not in `config.json`.
     """
+    shared = _shared_fields(tp, ep, pp, dtype)
+    if is_dense(hf):
+        return DenseConfig(**{**dense_fields(hf), **shared, **overrides})
     rope = dict(hf.rope_parameters)
     yarn = rope.get("rope_type", "default") == "yarn"
     fields = dict(
@@ -70,7 +76,13 @@ def to_megatron_config(
         moe_token_dispatcher_type="alltoall",
         moe_permute_fusion=False,
         moe_grouped_gemm=True,
-        # numerics and parallelism
+    )
+    return MLATransformerConfig(**{**fields, **shared, **overrides})
+
+
+def _shared_fields(tp: int, ep: int, pp: int, dtype: torch.dtype) -> dict:
+    """Numerics and parallelism, alike for every model."""
+    return dict(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_activation_fusion=False,
@@ -92,4 +104,3 @@ def to_megatron_config(
         # they are over micro-batches and ranks.
         calculate_per_token_loss=True,
     )
-    return MLATransformerConfig(**{**fields, **overrides})

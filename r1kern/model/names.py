@@ -15,6 +15,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import PretrainedConfig
 
+from r1kern.model.dense_hf import LAYER as _DENSE_LAYER
+from r1kern.model.dense_hf import dense_shapes, is_dense
 from r1kern.model.gpt import DeepSeekV3
 
 
@@ -57,6 +59,7 @@ _LAYER = {
         0,
     ),
     "mlp.shared_experts.linear_fc2.weight": (("mlp.shared_experts.down_proj.weight",), 1),
+    **_DENSE_LAYER,
 }
 
 _EXPERT = {
@@ -70,6 +73,8 @@ def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
     Multi-token-prediction layers are not part of it.
     """
+    if is_dense(hf):
+        return dense_shapes(hf)
     heads, nope, rope, v = (
         hf.num_attention_heads,
         hf.qk_nope_head_dim,
@@ -119,13 +124,16 @@ def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]:
     """Every weight of this rank: Megatron name, tensor (views of the parameters), slot."""
     first_layer = get_transformer_layer_offset(model.config)
-    experts = model.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+    experts = (model.config.num_moe_experts or 0) // mpu.get_expert_model_parallel_world_size()
     first_expert = mpu.get_expert_model_parallel_rank() * experts
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
             continue  # Megatron's `_extra_state` entries
         if name in _OUTSIDE:
-            yield name, tensor.data, _OUTSIDE[name]
+            # The last pipeline stage holds a copy of an embedding that is the head too.
+            tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+            held = "embedding.word_embeddings.weight" if tied else name
+            yield name, tensor.data, _OUTSIDE[held]
             continue
         index, rest = name.removeprefix("decoder.layers.").split(".", 1)
         layer = f"model.layers.{int(index) + first_layer}."
