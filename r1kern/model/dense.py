@@ -101,9 +101,7 @@ class GroupedQueryAttention(SelfAttention):
         head_dim = self.hidden_size_per_attention_head
         q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in self.linear_qkv(hidden_states))
         q, k = (
-            apply_rotary_pos_emb(
-                x, frequencies, config=self.config, cp_group=self.pg_collection.cp
-            )
+            apply_rotary_pos_emb(x, frequencies, config=self.config, cp_group=self.pg_collection.cp)
             for x in (q, k)
         )
         if packed_seq_params is not None:

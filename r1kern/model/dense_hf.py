@@ -89,6 +89,8 @@ def dense_fields(hf: PretrainedConfig) -> dict:
         rotary_interleaved=False,
         apply_rope_fusion=False,
         tied_embeddings=hf.tie_word_embeddings,
+        # Checked under pipeline parallelism even where there are no experts.
+        moe_token_dispatcher_type="alltoall",
     )
 
 

@@ -30,6 +30,7 @@ from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.names import local_tensors
 from r1kern.model.weights import export_weights, import_weights
 from r1kern.train import adam
+from r1kern.train.offload import get_host_optimizer
 from r1kern.types import PackedBatch
 
 
@@ -123,7 +124,8 @@ class Policy:
 
     def _build_optimizer(self, optim: Optim, dtype: torch.dtype):
         adam.install()
-        return get_megatron_optimizer(
+        build = get_host_optimizer if optim.offload else get_megatron_optimizer
+        return build(
             OptimizerConfig(
                 optimizer="adam",
                 lr=optim.lr,
