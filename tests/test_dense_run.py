@@ -36,6 +36,11 @@ def found(request, tmp_path_factory):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             num_hidden_layers=2,
+            # Sizes of vLLM's CPU attention, which knows no head of 16.
+            hidden_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
             **more,
         )
         tokenizer.save_pretrained(root / kind / "base")
