@@ -13,6 +13,14 @@ from r1kern import distributed
 from r1kern.config import Model, Optim, Parallel
 from r1kern.types import Sequence
 
+CASES = [
+    ("experts", "bfloat16"),
+    ("dense", "float32"),
+    ("experts", "float32"),
+    ("dense", "bfloat16"),
+]
+FULL = [pytest.param(case, marks=pytest.mark.full) for case in CASES[2:]]
+
 
 @pytest.fixture(scope="module")
 def world():
@@ -28,14 +36,19 @@ def models(tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=["experts", "dense"])
-def model(request, models):
-    return str(models / request.param)
-
-
-@pytest.fixture(params=["float32", "bfloat16"])
-def dtype(request):
+@pytest.fixture(params=[*CASES[:2], *FULL], ids="-".join)
+def case(request):
     return request.param
+
+
+@pytest.fixture
+def model(case, models):
+    return str(models / case[0])
+
+
+@pytest.fixture
+def dtype(case):
+    return case[1]
 
 
 def build(world, model, dtype, *, offload: bool):
