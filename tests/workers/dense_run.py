@@ -1,6 +1,6 @@
 """Worker: fine-tuning, then GRPO of dense models, then the generator against one fresh from disk.
 
-    torchrun dense_run.py ROOT MODEL ... [-- OVERRIDE ...]
+    torchrun dense_run.py ROOT MODEL ... -- OVERRIDE ...
 
 Writes ROOT/MODEL/found.json.  Overrides are of the GRPO run.
 """
@@ -104,6 +104,6 @@ def without_remedy(trainer, folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    words = " ".join(sys.argv[1:]).split(" -- ")
-    first, *names = words[0].split()
-    main(Path(first), names, words[1].split() if len(words) > 1 else [])
+    words = sys.argv[1:]
+    end = words.index("--")
+    main(Path(words[0]), words[1:end], words[end + 1 :])
