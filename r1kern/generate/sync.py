@@ -123,18 +123,30 @@ def receive(
     with set_current_vllm_config(worker.vllm_config), torch.no_grad():
         if worker.device.type == "cpu":
             vllm_cpu.forget_moe_kernels(model)
+        tied = tied_parameters(model)
         initialize_layerwise_reload(model)
         # from here to the end of the load these are the checkpoint's, without what vLLM derives
         parameters = [name for name, _ in model.named_parameters()]
         loaded = model.load_weights(audit.watch(tensors))
         zero = audit.finish()
-        check_received(model, parameters, loaded)
+        check_received(model, parameters, loaded, tied)
         finalize_layerwise_reload(model, worker.model_config)
+        assert tied_parameters(model) == tied, "vLLM untied a head from its embedding"
+        if worker.device.type == "cpu":
+            vllm_cpu.pack_tied_heads(model, tied)
     seconds = time.perf_counter() - start
     return SyncReport(version, len(audit), audit.bytes, zero, seconds)
 
 
-def check_received(model: torch.nn.Module, parameters: list[str], loaded: set[str]) -> None:
+def tied_parameters(model: torch.nn.Module) -> set[str]:
+    """Second names of parameters that have two: of a head that is the embedding."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names - {name for name, _ in model.named_parameters()}
+
+
+def check_received(
+    model: torch.nn.Module, parameters: list[str], loaded: set[str], tied: set[str]
+) -> None:
     """Every element of every parameter of vLLM's model was written since the reload began.
 
     vLLM counts the elements copied into each layer and processes a layer once it is full; one
@@ -144,19 +156,21 @@ def check_received(model: torch.nn.Module, parameters: list[str], loaded: set[st
         model: vLLM's model between `load_weights` and `finalize_layerwise_reload`.
         parameters: names of the parameters that a checkpoint fills.
         loaded: the names that its loader says it loaded.
+        tied: second names of parameters, which come under their first.
     Raises:
         SyncError: parameters never or only partly written.
     """
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    if missing := [name for name in parameters if name not in loaded]:
+    if missing := [name for name in parameters if name not in loaded | tied]:
         raise SyncError(f"sent, but never loaded by vLLM: {_list(missing)}")
     short = []
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         # attention holds no weights of its own, only optional quantisation scales
-        if info.can_load() and not is_deferred_attention_layer(layer):
+        is_tied = f"{name}.weight" in tied
+        if info.can_load() and not (is_tied or is_deferred_attention_layer(layer)):
             size = _loadable_elements(layer)
             if info.load_numel < size:
                 short.append(f"{name} ({info.load_numel} of {size} elements)")

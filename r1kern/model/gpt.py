@@ -37,6 +37,7 @@ from r1kern.model.attention import (
     RMSNorm,
 )
 from r1kern.model.core_attention import CoreAttention, Packing
+from r1kern.model.dense import DenseConfig, dense_layer_spec, scale_rope
 from r1kern.model.moe import GroupedLinear, MoELayer, Router
 from r1kern.model.mtp import deeper, mtp_spec
 
@@ -56,6 +57,8 @@ class DeepSeekV3(GPTModel):
     @property
     def head_weight(self) -> torch.Tensor:
         """[V / tp, H], this rank's rows of the language-model head (last stage only)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def _preprocess(self, *, input_ids, packed_seq_params=None, **kwargs):
@@ -105,7 +108,7 @@ def _sequence_ids(input_ids: torch.Tensor, packing: Packing | None) -> torch.Ten
 
 
 def build_model(
-    config: MLATransformerConfig,
+    config: MLATransformerConfig | DenseConfig,
     *,
     vocab_size: int,
     max_positions: int,
@@ -127,6 +130,7 @@ def build_model(
         transformer_engine.check()
         wrappers = transformer_engine.wrappers()
         spec, mtp = (transformer_engine.substitute(part, wrappers) for part in (spec, mtp))
+    dense = isinstance(config, DenseConfig)
     model = DeepSeekV3(
         config,
         spec,
@@ -135,23 +139,28 @@ def build_model(
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+        rotary_base=config.rotary_base,
+        share_embeddings_and_output_weights=dense and config.tied_embeddings,
         mtp_block_spec=mtp,
     )
+    if dense:
+        scale_rope(model.rotary_pos_emb, config)
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _block_spec(config: MLATransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: MLATransformerConfig | DenseConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage."""
     first = get_transformer_layer_offset(config)
     layers = [
-        _layer_spec(moe=bool(config.moe_layer_freq[first + i]))
+        dense_layer_spec()
+        if isinstance(config, DenseConfig)
+        else _layer_spec(moe=bool(config.moe_layer_freq[first + i]))
         for i in range(get_num_layers_to_build(config))
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _mtp_spec(config: MLATransformerConfig) -> ModuleSpec | None:
+def _mtp_spec(config: MLATransformerConfig | DenseConfig) -> ModuleSpec | None:
     """The multi-token-prediction layers, MoE layers all of them, where this stage has them."""
     if not config.mtp_num_layers or not mpu.is_pipeline_last_stage():
         return None

@@ -11,11 +11,12 @@ from transformers import AutoConfig, PretrainedConfig
 from r1kern.config import Parallel
 from r1kern.errors import UserError
 from r1kern.model.config_json import check_config_json
+from r1kern.model.dense_hf import MODEL_TYPES, check_supported, is_dense
 from r1kern.model.layout import stage_layers
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
-    """Read `config.json` of a DeepSeek-V3-architecture model.
+    """Read `config.json` of a DeepSeek-V3-architecture, Qwen2 or Llama-3 model.
 
     FP8 weights are restored on reading, so that `quantization_config` is checked and left out.
 
@@ -32,14 +33,17 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    if config.model_type != "deepseek_v3":
+    known = ("deepseek_v3", *MODEL_TYPES)
+    if config.model_type not in known:
         raise UserError(
-            f"{path}: model_type is '{config.model_type}', only 'deepseek_v3' can be trained"
+            f"{path}: model_type is '{config.model_type}', only {', '.join(known)} can be trained"
         )
     vars(config).pop("quantization_config", None)
     # transformers assumes one where the file says nothing; its own saves have no such weights.
     if not {"num_nextn_predict_layers", "num_mtp_layers"} & set(json.loads(path.read_text())):
         config.num_nextn_predict_layers = 0
+    if is_dense(config):
+        check_supported(config)
     return config
 
 
@@ -59,11 +63,16 @@ def check_layout(hf: PretrainedConfig, parallel: Parallel, world_size: int) -> N
         ("tp", p.tp, "num_attention_heads", hf.num_attention_heads),
         ("tp", p.tp, "vocab_size", hf.vocab_size),
         ("tp", p.tp, "intermediate_size", hf.intermediate_size),
-        ("tp", p.tp, "shared expert width", hf.moe_intermediate_size * hf.n_shared_experts),
-        ("ep", p.ep, "n_routed_experts", hf.n_routed_experts),
         ("generator_tp", p.generator_tp, "num_attention_heads", hf.num_attention_heads),
         ("generator_tp", p.generator_tp, "world size", world_size),
     ]
+    if is_dense(hf):
+        divides.append(("tp", p.tp, "num_key_value_heads", hf.num_key_value_heads))
+        divides.append(("ep", p.ep, "1 (a dense model has no experts)", 1))
+    else:
+        shared_width = hf.moe_intermediate_size * hf.n_shared_experts
+        divides.append(("tp", p.tp, "shared expert width", shared_width))
+        divides.append(("ep", p.ep, "n_routed_experts", hf.n_routed_experts))
     lines = [
         f"parallel.{axis}={size} does not divide {name}={value} (try {_nearest(size, value)})"
         for axis, size, name, value in divides

@@ -8,6 +8,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from transformers import PretrainedConfig
 
 from r1kern.config import Parallel
+from r1kern.model.dense import DenseConfig
+from r1kern.model.dense_hf import dense_fields, is_dense
 from r1kern.model.layout import megatron_layout, stage_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,21 +25,26 @@ def to_megatron_config(
     layers: list[int] | None = None,
     mtp: bool = False,
     **overrides,
-) -> MLATransformerConfig:
-    """Megatron-core configuration of a DeepSeek-V3 model (arXiv 2412.19437).
+) -> MLATransformerConfig | DenseConfig:
+    """Megatron-core configuration of a DeepSeek-V3 (arXiv 2412.19437) or a dense model.
 
     Args:
-        hf: transformers' `DeepseekV3Config`.
+        hf: transformers' `DeepseekV3Config`, `Qwen2Config` or `LlamaConfig`.
         tp, ep, pp: parallel sizes; sequence parallelism is on whenever tp > 1.
         dtype: of parameters and activations.
         layers: of each pipeline stage; None: `stage_layers`' default.
         mtp: build the multi-token-prediction layers, on the last stage.
-        overrides: fields of `MLATransformerConfig`, for what is not in `config.json`.
+        overrides: fields of the result, for what is not in `config.json`.
     """
-    rope = dict(hf.rope_parameters)
-    yarn = rope.get("rope_type", "default") == "yarn"
     mtp_layers = hf.num_nextn_predict_layers if mtp else 0
     layers = layers or stage_layers(hf.num_hidden_layers, Parallel(pp=pp))
+    shared = _shared_fields(tp, ep, pp, dtype) | {
+        "pipeline_model_parallel_layout": megatron_layout(layers, mtp_layers)
+    }
+    if is_dense(hf):
+        return DenseConfig(**{**dense_fields(hf), **shared, **overrides})
+    rope = dict(hf.rope_parameters)
+    yarn = rope.get("rope_type", "default") == "yarn"
     fields = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -85,7 +92,14 @@ def to_megatron_config(
         moe_token_dispatcher_type="alltoall",
         moe_permute_fusion=False,
         moe_grouped_gemm=True,
-        # numerics and parallelism
+        mtp_num_layers=mtp_layers or None,
+    )
+    return MLATransformerConfig(**{**fields, **shared, **overrides})
+
+
+def _shared_fields(tp: int, ep: int, pp: int, dtype: torch.dtype) -> dict:
+    """Numerics and parallelism, alike for every model."""
+    return dict(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_activation_fusion=False,
@@ -99,8 +113,6 @@ def to_megatron_config(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
         pipeline_model_parallel_size=pp,
-        pipeline_model_parallel_layout=megatron_layout(layers, mtp_layers),
-        mtp_num_layers=mtp_layers or None,
         variable_seq_lengths=pp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -109,4 +121,3 @@ def to_megatron_config(
         # they are over micro-batches and ranks.
         calculate_per_token_loss=True,
     )
-    return MLATransformerConfig(**{**fields, **overrides})

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PretrainedConfig
 
+from r1kern.model.dense_hf import LAYER as _DENSE_LAYER
+from r1kern.model.dense_hf import dense_shapes, is_dense
+
 if TYPE_CHECKING:
     from r1kern.model.gpt import DeepSeekV3
 
@@ -57,6 +60,7 @@ _LAYER = {
         0,
     ),
     "mlp.shared_experts.linear_fc2.weight": (("mlp.shared_experts.down_proj.weight",), 1),
+    **_DENSE_LAYER,
 }
 
 _MTP = {
@@ -85,6 +89,8 @@ def hf_shapes(hf: PretrainedConfig, *, mtp: bool = False) -> dict[str, tuple[int
             each of them included (see `shared_name`).  A generator that does not decode
             speculatively must not be sent them.
     """
+    if is_dense(hf):
+        return dense_shapes(hf)
     heads, nope, rope, v = (
         hf.num_attention_heads,
         hf.qk_nope_head_dim,
@@ -154,13 +160,16 @@ def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     first_layer = get_transformer_layer_offset(model.config)
-    experts = model.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+    experts = (model.config.num_moe_experts or 0) // mpu.get_expert_model_parallel_world_size()
     first_expert = mpu.get_expert_model_parallel_rank() * experts
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.endswith("_extra_state"):
             continue  # Megatron's (None) and Transformer Engine's (bytes as a tensor)
         if name in _OUTSIDE:
-            yield name, tensor.data, _OUTSIDE[name]
+            # The last pipeline stage holds a copy of an embedding that is the head too.
+            tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+            held = "embedding.word_embeddings.weight" if tied else name
+            yield name, tensor.data, _OUTSIDE[held]
             continue
         block, _, index, rest = name.split(".", 3)  # decoder.layers.0.… or mtp.layers.0.…
         first = model.config.num_layers if block == "mtp" else first_layer

@@ -34,14 +34,15 @@ class Adam(torch.optim.Optimizer):
                 if not self.state[param]:
                     self.initialize_state(param)
             if params:
-                self._update(group, params)
+                grads = [p.grad.float() for p in params]
+                means = [self.state[p]["exp_avg"] for p in params]
+                squares = [self.state[p]["exp_avg_sq"] for p in params]
+                self._update(group, params, grads, means, squares)
 
-    def _update(self, group, params):
+    @staticmethod
+    def _update(group, params, grads, means, squares):
         beta1, beta2 = group["betas"]
         step, lr = group["step"], group["lr"]
-        grads = [p.grad.float() for p in params]
-        means = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)

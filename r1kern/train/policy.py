@@ -42,6 +42,7 @@ from r1kern.model.recompute import recompute_fields
 from r1kern.model.replay import Choices, agreement, playing, recording
 from r1kern.model.weights import export_weights
 from r1kern.train import adam
+from r1kern.train.host_optimizer import get_host_optimizer
 from r1kern.types import PackedBatch
 
 
@@ -162,7 +163,8 @@ class Policy:
 
     def _build_optimizer(self, optim: Optim, dtype: torch.dtype):
         adam.install()
-        return get_megatron_optimizer(
+        build = get_host_optimizer if optim.offload else get_megatron_optimizer
+        return build(
             OptimizerConfig(
                 optimizer="adam",
                 lr=optim.lr,

@@ -1,6 +1,6 @@
 """Worker: parity with transformers and one training trajectory for each of several layouts.
 
-    torchrun layouts.py MODEL_FOLDER REFERENCE.pt OUT TP,EP,PP,BUDGET ...
+    torchrun layouts.py MODEL_FOLDER REFERENCE.pt OUT TP,EP,PP,BUDGET ... [-- ANOTHER_FOLDER ...]
 
 Writes OUT/{tp}_{ep}_{pp}_{budget}.pt with the logits' and weights' largest differences (dense and
 packed), and losses, gradient norms, log-probs and final weights of three updates.
@@ -28,7 +28,6 @@ def main(model: str, reference: str, out: str, layouts: list[str]) -> None:
         if world.rank == world.size - 1:  # the last pipeline stage holds the logits
             torch.save(result, Path(out) / f"{tp}_{ep}_{pp}_{budget}.pt")
         dist.barrier()
-    distributed.shutdown()
 
 
 def run(world, model: str, truth: dict, budget: int) -> dict:
@@ -158,4 +157,7 @@ def gather_vocabulary(logits: torch.Tensor, tp: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
+    for group in " ".join(sys.argv[1:]).split(" -- "):
+        folder, reference, out, *layouts = group.split()
+        main(folder, reference, out, layouts)
+    distributed.shutdown()
