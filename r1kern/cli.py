@@ -119,7 +119,7 @@ def plan(
     options = load_config(TrainConfig, config, overrides or [])
     from r1kern.plan.command import run as make
 
-    fits = make(
+    made = make(
         options,
         world=world,
         hardware=hardware,
@@ -128,7 +128,7 @@ def plan(
         json_file=json,
         picture=picture,
     )
-    raise typer.Exit(0 if fits else 1)
+    raise typer.Exit(0 if made.fits else 1)
 
 
 @app.command()

@@ -66,8 +66,8 @@ VERL = {
 
 NEMO = "NeMo-RL 0.6 performance summary (docs.nvidia.com/nemo/rl)"
 NEMO_NOTES = (
-    "Lengths from the published tokens a second. One sequence a micro-batch. It also scores the old "
-    "policy in a pass of its own."
+    "Lengths from the published tokens a second. One sequence a micro-batch. It also scores the "
+    "old policy in a pass of its own."
 )
 
 ROWS = (

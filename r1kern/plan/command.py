@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from r1kern.config import TrainConfig
 from r1kern.plan import picture as pictures
 from r1kern.plan.layouts import nearest
-from r1kern.plan.make import as_json, make_plan
+from r1kern.plan.make import Plan, as_json, make_plan
 from r1kern.plan.text import does_not_fit, show
 
 
@@ -22,14 +23,15 @@ def run(
     picture: Path | None = None,
     console: Console | None = None,
     **options,
-) -> bool:
-    """Plan, print, write; returns whether the config fits.
+) -> Plan:
+    """Plan, print, write.
 
     Args:
         options: of `make.make_plan`.
     """
     from r1kern.model.hf_config import read_hf_config
 
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # notes on each layer's classes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = make_plan(config, **options)
@@ -43,4 +45,4 @@ def run(
         json_file.write_text(json.dumps(data, indent=1))
     if picture is not None:
         pictures.draw(plan, picture)
-    return plan.fits
+    return plan

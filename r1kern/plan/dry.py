@@ -168,8 +168,25 @@ def _stages(layout: Layout) -> str | None:
 
 
 def stage_parameters(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> list[Stage]:
-    """Exact parameters of each pipeline stage, from the real model of one rank of it."""
-    return [_stage(hf, layout, dtype, stage) for stage in range(layout.pp)]
+    """Exact parameters of each pipeline stage, from the real model of one rank of it.
+
+    Stages with the same layers are built once.
+    """
+    built: dict[tuple, Stage] = {}
+    stages, kinds = [], layer_kinds(hf)
+    for index, count in enumerate(layout.layers):
+        first = sum(layout.layers[:index])
+        key = (index == 0, index == layout.pp - 1, *kinds[first : first + count])
+        if key not in built:
+            built[key] = _stage(hf, layout, dtype, index)
+        stages.append(built[key])
+    return stages
+
+
+def layer_kinds(hf) -> list[str]:
+    """ "dense" or "moe" for each layer."""
+    dense = getattr(hf, "first_k_dense_replace", hf.num_hidden_layers)
+    return ["dense" if i < dense else "moe" for i in range(hf.num_hidden_layers)]
 
 
 def _stage(hf, layout: Layout, dtype, stage: int) -> Stage:
@@ -177,7 +194,7 @@ def _stage(hf, layout: Layout, dtype, stage: int) -> Stage:
         from r1kern.model.names import local_tensors
 
         model = build_stage(hf, layout, dtype)
-        trained = {name: parameter for name, parameter in model.named_parameters()}
+        trained = dict(model.named_parameters())
         split = {name: slot.split for name, _, slot in local_tensors(model)}
         expert = {name for name, p in trained.items() if not getattr(p, "allreduce", True)}
         copies = {
@@ -214,9 +231,11 @@ def measure(
         "embedding", "dense" and "moe" layer (those the model has), "final": the norm and the gather
         before the head, without the head itself.
     """
-    kinds = _kinds(hf)
+    kinds = sorted(set(layer_kinds(hf)))
     small = copy.deepcopy(hf)
-    small.num_hidden_layers, small.first_k_dense_replace = len(kinds), int("dense" in kinds)
+    small.num_hidden_layers = len(kinds)
+    if "moe" in kinds:
+        small.first_k_dense_replace = int("dense" in kinds)
     layout = Layout(tp * ep, tp, ep, 1, (len(kinds),))
     packing, tokens, positions = _micro_batch(rows, length)
     with fake_world(layout, 0):
@@ -236,11 +255,6 @@ def measure(
     return costs
 
 
-def _kinds(hf) -> list[str]:
-    dense = getattr(hf, "first_k_dense_replace", hf.num_hidden_layers)
-    return ["dense"] * (dense > 0) + ["moe"] * (dense < hf.num_hidden_layers)
-
-
 def _selective(recompute) -> dict:
     """Megatron's options for parts of a layer; "full" is the whole layer, see `recomputed`."""
     parts = [part for part in recompute if part != "full"]
@@ -256,7 +270,7 @@ def _micro_batch(rows: int, length: int):
 
 
 def _calls(model, pieces: dict, run) -> dict:
-    """Each piece as a function without arguments: what the model calls, on hidden states of its own.
+    """Each piece as a function without arguments: the model's call, its hidden states a leaf.
 
     The last piece is the final norm and all that follows it up to the head.
     """

@@ -1,10 +1,9 @@
 """GPUs by their published figures, and how much of them real kernels are taken to reach.
 
-Sources: NVIDIA's data sheets for H100 (SXM), H200 (SXM) and DGX B200 (dense figures: half of those
-"with sparsity"; NVLink per direction); H800: H100 with 400 GB/s of NVLink (DeepSeek-V3 report, arXiv
-2412.19437, section 3.1, and 2505.09343, table 5: 40 GB/s usable of a 50 GB/s NIC); H20: 96 GB,
-4.0 TB/s, 148 / 296 TFLOP/s as published by resellers of HGX H20.  NIC: one 400 Gb/s port a GPU, as
-in DGX H100 / H200 / B200 systems.
+Sources: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200 (FLOP/s without sparsity, NVLink for
+one direction); H800: an H100 whose NVLink has 400 GB/s both ways (DeepSeek-V3's hardware paper,
+arXiv 2505.09343); H20: 96 GB, 4.0 TB/s, 148 and 296 TFLOP/s, as sellers of HGX H20 publish.  NIC: a
+400 Gb/s port for each GPU, as in DGX systems.
 """
 
 from __future__ import annotations

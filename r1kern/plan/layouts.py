@@ -53,9 +53,7 @@ def nearest(plan: Plan, hf, *, most: int = 3) -> list[Found]:
 
 def _widths(plan: Plan, hf) -> list[int]:
     sizes = (hf.num_attention_heads, hf.num_key_value_heads, hf.vocab_size, hf.intermediate_size)
-    return [
-        w for w in WIDTHS if w <= plan.layout.world and not any(size % w for size in sizes)
-    ]
+    return [w for w in WIDTHS if w <= plan.layout.world and not any(size % w for size in sizes)]
 
 
 def _measure(plan: Plan, hf, width: int) -> dict[str, Cost]:
@@ -74,10 +72,7 @@ def _candidates(plan: Plan, hf, tp: int) -> Iterator[tuple[Layout, int]]:
     longest = plan.config.data.max_prompt_tokens + plan.config.rollout.max_tokens
     budget = plan.config.train.tokens_per_microbatch
     for pp in (n for n in range(1, min(world, layers) + 1) if world % (tp * n) == 0):
-        if pp == plan.layout.pp:
-            split = plan.layout.layers
-        else:
-            split = stage_layers(layers, pp)
+        split = plan.layout.layers if pp == plan.layout.pp else stage_layers(layers, pp)
         if min(split) < 1:
             continue
         for ep in (n for n in sizes if world % (n * pp) == 0):
@@ -88,8 +83,8 @@ def _candidates(plan: Plan, hf, tp: int) -> Iterator[tuple[Layout, int]]:
 def _with_ep(costs: dict[str, Cost], ep: int, plan: Plan, rows: int) -> dict[str, Cost]:
     """Costs for another number of expert-parallel ranks and of rows (all are linear in rows)."""
     share = rows / plan.config.train.tokens_per_microbatch
-    moe = costs.get("moe")
-    measured_at = max((n for kind, n in moe.forward.traffic if "alltoall" in kind), default=1) if moe else 1  # fmt: skip
+    groups = [n for c in costs.values() for kind, n in c.forward.traffic if "alltoall" in kind]
+    measured_at = max(groups, default=1)
 
     def work(w: Work) -> Work:
         ranks = {

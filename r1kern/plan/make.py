@@ -268,5 +268,3 @@ def as_json(plan: Plan) -> dict:
         "modelled_step_seconds": sum(plan.seconds.values()),
         "assumptions": asdict(plan.assumed),
     }
-
-

@@ -1,6 +1,6 @@
 """Bytes of each rank by component and phase, and of each node's host.
 
-Shape legend: none; everything here is bytes of one rank unless a name says node.
+Everything is bytes of one rank unless a name says node.
 """
 
 from __future__ import annotations
@@ -57,10 +57,14 @@ class Shapes:
     largest_tensor: int
 
 
-def stage_costs(stage: int, layout: Layout, dense_layers: int, costs: dict[str, Cost]) -> list[Cost]:
+def stage_costs(
+    stage: int, layout: Layout, dense_layers: int, costs: dict[str, Cost]
+) -> list[Cost]:
     """The pieces of a pipeline stage, in order."""
     first = sum(layout.layers[:stage])
-    kinds = ["dense" if i < dense_layers else "moe" for i in range(first, first + layout.layers[stage])]
+    kinds = [
+        "dense" if i < dense_layers else "moe" for i in range(first, first + layout.layers[stage])
+    ]
     pieces = ["embedding"] * (stage == 0) + kinds + ["final", "head"] * (stage == layout.pp - 1)
     return [costs[piece] for piece in pieces]
 
@@ -150,11 +154,11 @@ def by_phase(
     slack = 1 + (assumed.fragmentation if on_gpu else 0)
     return {
         "rollout": lent | generator,
-        "log-probs": resident
-        | kept
-        | {"activations": scoring * slack, "logits head": head(False)},
+        "log-probs": resident | kept | {"activations": scoring * slack, "logits head": head(False)},
         "update": resident | kept | {"activations": training * slack, "logits head": head(True)},
-        "optimizer step": resident | kept | {"activations": own["shard"] * 4 * (not config.optim.offload)},
+        "optimizer step": resident
+        | kept
+        | {"activations": own["shard"] * 4 * (not config.optim.offload)},
         "sync": lent
         | {"generator weights": generator["generator weights"]}
         | ({} if asleep else {"KV cache": generator["KV cache"]})
@@ -185,7 +189,7 @@ def host_node(
 
 
 def microbatches(config: TrainConfig, layout: Layout, mean_length: float) -> int:
-    """Micro-batches of one update on each data-parallel rank, when they fill up to whole sequences."""
+    """Micro-batches of one update on each data-parallel rank, each of as many mean sequences."""
     sequences = config.rollout.prompts_per_step * config.rollout.group_size
     each = max(1, int(config.train.tokens_per_microbatch // mean_length))
     return math.ceil(sequences / config.grpo.updates_per_batch / each / layout.dp)

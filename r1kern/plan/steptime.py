@@ -64,7 +64,8 @@ def step_seconds(
         "old log-probs": scoring if updates > 1 else 0.0,
         "reference log-probs": (scoring + swap) if config.grpo.beta > 0 else 0.0,
         "update": updates * (count + layout.pp - 1) * both
-        + updates * max(_finish_s(config, layout, s, o, machine) for s, o in zip(stages, own, strict=True)),
+        + updates
+        * max(_finish_s(config, layout, s, o, machine) for s, o in zip(stages, own, strict=True)),
         "sync": sync_s(layout, shapes, machine),
         "sleep and wake": _offload_s(config, own, machine),
     }
@@ -102,10 +103,7 @@ def survival(position: float, lengths: Lengths) -> float:
     low, high = -50.0, 50.0  # rate in units of 1 / budget
     for _ in range(60):
         rate = (low + high) / 2
-        if abs(rate) < 1e-9:
-            got = 0.5
-        else:
-            got = 1 / rate - 1 / math.expm1(rate)
+        got = 0.5 if abs(rate) < 1e-9 else 1 / rate - 1 / math.expm1(rate)
         low, high = (rate, high) if got > mean / budget else (low, rate)
     x = position / budget
     if abs(rate) < 1e-6:
@@ -144,7 +142,9 @@ def _decode_s(config, shapes: Shapes, batch: float, context: float, machine: Mac
 # -- training -------------------------------------------------------------------------------
 
 
-def _pass_s(config, layout: Layout, pieces: list[Cost], shapes: Shapes, machine, kind: str) -> float:
+def _pass_s(
+    config, layout: Layout, pieces: list[Cost], shapes: Shapes, machine, kind: str
+) -> float:
     """One micro-batch through one stage."""
     seconds = sum(work_s(piece.forward, machine) for piece in pieces)
     if kind == "both":
@@ -183,7 +183,9 @@ def _finish_s(config, layout: Layout, stage: Stage, own: dict, machine: Machine)
     traffic = own["shard"] * 30  # gradient, master and two moments read, three written, weight
     if config.optim.offload:
         ranks = min(GPUS_PER_NODE, layout.world)
-        return seconds + own["shard"] * 6 / _pcie(machine) + traffic * ranks / assumed.adam_bytes_per_s
+        return (
+            seconds + own["shard"] * 6 / _pcie(machine) + traffic * ranks / assumed.adam_bytes_per_s
+        )
     return seconds + traffic / (gpu.bandwidth * assumed.memory)
 
 

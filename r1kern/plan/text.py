@@ -73,7 +73,9 @@ def _memory(plan: Plan) -> Table:
 
 def _host(plan: Plan) -> Table:
     worst = max(plan.host, key=lambda parts: sum(parts.values()))
-    table = _table(f"GiB of host memory of a node, of {plan.gpu.host_memory / GiB:.0f}", *worst, "all")
+    table = _table(
+        f"GiB of host memory of a node, of {plan.gpu.host_memory / GiB:.0f}", *worst, "all"
+    )
     table.add_row(*(f"{v / GiB:.0f}" for v in worst.values()), f"{sum(worst.values()) / GiB:.0f}")
     return table
 
@@ -96,7 +98,9 @@ def _work(plan: Plan) -> Table:
     for name, size, ranks in (("dense", stage.dense, p.dp), ("expert", stage.expert, p.expert_dp)):
         if ranks > 1 and size:
             label = f"{name} gradients and weights, once an update"
-            table.add_row(label, str(ranks), "", f"{size * once * (ranks - 1) / ranks / GiB:.2f} GiB")
+            table.add_row(
+                label, str(ranks), "", f"{size * once * (ranks - 1) / ranks / GiB:.2f} GiB"
+            )
     if p.pp > 1:
         rows = plan.config.train.tokens_per_microbatch
         sent = 2 * rows / p.tp * plan.shapes.hidden * plan.shapes.itemsize
@@ -163,5 +167,3 @@ def _table(title: str, *columns: str) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     return table
-
-

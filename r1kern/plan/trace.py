@@ -18,7 +18,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ATTENTION = "_scaled_dot_product"
-FREE = {"view", "reshape", "detach", "t", "transpose", "expand", "slice", "split", "select", "alias"}
+FREE = {
+    "view",
+    "reshape",
+    "detach",
+    "t",
+    "transpose",
+    "expand",
+    "slice",
+    "split",
+    "select",
+    "alias",
+}
 
 
 @dataclass
