@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -37,30 +36,36 @@ CONFIGS = ["r1_671b_96", "r1_671b_128", "r1_671b_256", "r1_671b_512", LONG_512]
 CONFIGS += ["moonlight_16b_8gpu", TOO_LONG]
 
 
-def worker(folder, *arguments) -> str:
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """Folder and output of the worker."""
+    folder = tmp_path_factory.mktemp("plans")
     (folder / "configs").symlink_to(ROOT / "configs")
+    DeepseekV3Config(vocab_size=512, **MODEL).save_pretrained(folder / "demo")
+    script = str(TESTS / "workers" / "plan.py")
     done = subprocess.run(
-        [sys.executable, str(TESTS / "workers" / "plan.py"), *map(str, arguments)],
+        [sys.executable, script, "demo", "configs/models/deepseek_v3", *CONFIGS],
         cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
+    return folder, done.stdout
+
+
+def printed(output, mark: str) -> list:
+    return [json.loads(x) for x in re.findall(rf"^{mark} (.*)$", output[1], re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory):
+def plans(output):
     """Config -> what was printed for it, its JSON and its picture."""
-    folder = tmp_path_factory.mktemp("plans")
-    output = worker(folder, "configs", *CONFIGS)
-    lines = [json.loads(x) for x in re.findall(r"^PLAN (.*)$", output, re.MULTILINE)]
     plans = {}
-    for i, (item, line) in enumerate(zip(CONFIGS, lines, strict=True)):
-        plan = json.loads((folder / f"{i}.json").read_text())
-        plans[item] = line | {"plan": plan, "picture": (folder / f"{i}.svg").read_text()}
+    for i, (item, line) in enumerate(zip(CONFIGS, printed(output, "PLAN"), strict=True)):
+        plan = json.loads((output[0] / f"{i}.json").read_text())
+        plans[item] = line | {"plan": plan, "picture": (output[0] / f"{i}.svg").read_text()}
     return plans
 
 
@@ -156,22 +161,18 @@ def test_the_picture_is_drawn_to_scale(plans):
     assert "planned, not measured" in made["picture"] and "H100" in made["picture"]
 
 
-def test_memory_of_a_real_update_is_foretold_within_a_tenth(tmp_path):
-    DeepseekV3Config(vocab_size=512, **MODEL).save_pretrained(tmp_path / "model")
-    output = worker(tmp_path, "demo", tmp_path / "model")
-    (line,) = re.findall(r"^DEMO (.*)$", output, re.MULTILINE)
-    figures = json.loads(line)
+def test_memory_of_a_real_update_is_foretold_within_a_tenth(output):
+    (figures,) = printed(output, "DEMO")
     assert set(figures["measured"]) == {"weights", "gradients", "optimizer", "activations"}
     for name, measured in figures["measured"].items():
         assert figures["planned"][name] == pytest.approx(measured, rel=0.1), name
 
 
-def test_the_back_test_in_the_docs_is_what_the_model_gives(tmp_path):
-    output = worker(tmp_path, "back", "configs/models/deepseek_v3")
-    (line,) = re.findall(r"^BACK (.*)$", output, re.MULTILINE)
+def test_the_back_test_in_the_docs_is_what_the_model_gives(output):
+    (lines,) = printed(output, "BACK")
     from r1kern.plan.backtest import ROWS, Compared, table
 
-    compared = [Compared(**c) for c in json.loads(line)]
+    compared = [Compared(**c) for c in lines]
     assert {c.name for c in compared} == {row.name for row in ROWS}
     for c in compared:
         assert c.error == c.modelled / c.measured - 1
@@ -195,11 +196,11 @@ def test_completion_lengths_have_the_mean_that_was_asked_for():
         assert total == pytest.approx(mean, rel=1e-3)
 
 
-def test_mistakes_are_one_line(capfd):
+def test_mistakes_are_one_line(capfd, monkeypatch):
     from r1kern import cli
 
     config = str(ROOT / "configs" / "r1_671b_256.yaml")
-    os.chdir(ROOT)
+    monkeypatch.chdir(ROOT)
     for arguments, words in (
         (["--hardware", "a100"], ["a100", "h200"]),
         (["--world", "100"], ["tp*pp=128", "world size 100"]),

@@ -1,6 +1,6 @@
 """GPUs by their published figures, and how much of them real kernels are taken to reach.
 
-Sources: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200 (FLOP/s without sparsity, NVLink for
+Sources: NVIDIA data sheets of H100 SXM, H200 SXM and DGX B200 (FLOP/s without sparsity, NVLink for
 one direction); H800: an H100 whose NVLink has 400 GB/s both ways (DeepSeek-V3's hardware paper,
 arXiv 2505.09343); H20: 96 GB, 4.0 TB/s, 148 and 296 TFLOP/s, as sellers of HGX H20 publish.  NIC: a
 400 Gb/s port for each GPU, as in DGX systems.
