@@ -86,8 +86,7 @@ ROWS = (
         300,
         1960,
         {"step": 1700, "rollout": 1050, "GB of a GPU": 66, "GB of a host": 1500},
-        "Mean prompt not published, taken as 300. Its weights leave the GPU during generation, ours "
-        "stay.",
+        "Mean prompt not published, taken as 300. Its weights leave the GPU during generation.",
     ),
 )
 
