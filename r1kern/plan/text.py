@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from r1kern.plan.layouts import Found
@@ -121,7 +122,7 @@ def _verdict(plan: Plan, found: list[Found], console: Console) -> None:
         console.print(f"[green]fits[/]: {room:.1f} GiB of each GPU to spare")
         return
     for line in does_not_fit(plan):
-        console.print(f"[red]does not fit[/]: {line}")
+        console.print(f"[red]does not fit[/]: {escape(line)}")
     if not found:
         console.print("no layout of this world size fits (context parallelism is not supported)")
         return
