@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -51,7 +52,8 @@ def _title(plan: Plan) -> str:
 
 
 def _axis(top: float, y) -> list[str]:
-    step = next(s for s in (0.01, 0.1, 1, 5, 10, 20, 50, 100) if top / GiB / s <= 12)
+    decade = 10 ** math.floor(math.log10(top / GiB / 12))
+    step = next(decade * s for s in (1, 2, 5, 10) if top / GiB / (decade * s) <= 12)
     lines, value = [], 0.0
     while value * GiB <= top:
         at = y(value * GiB)
