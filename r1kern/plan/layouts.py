@@ -76,7 +76,7 @@ def _candidates(plan: Plan, hf, tp: int) -> Iterator[tuple[Layout, int]]:
         if min(split) < 1:
             continue
         for ep in (n for n in sizes if world % (n * pp) == 0):
-            for rows in {budget, max(longest, budget // 2)}:
+            for rows in sorted({max(longest, budget // n) for n in (1, 2, 4, 8)}):
                 yield Layout(world, tp, ep, pp, split), rows
 
 
