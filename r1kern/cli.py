@@ -1,4 +1,4 @@
-"""The command line: `r1kern train | sft | rollout | convert | demo | bench | doctor`."""
+"""The command line: `r1kern train | sft | plan | rollout | convert | demo | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -121,6 +121,35 @@ def _run(trainer, resume: bool) -> None:
     if trainer.world.is_main:
         print(f"final model: {model}")
     distributed.shutdown()
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(help="GPUs; default parallel.world_size")] = None,
+    hardware: Annotated[str, typer.Option(help="h100, h200, h800, h20 or b200")] = "h100",
+    prompt: Annotated[float | None, typer.Option(help="mean tokens of a prompt")] = None,
+    response: Annotated[float | None, typer.Option(help="mean tokens of a completion")] = None,
+    json: Annotated[Path | None, typer.Option(help="write everything as JSON")] = None,
+    picture: Annotated[Path | None, typer.Option(help="write memory over the step as SVG")] = None,
+) -> None:
+    """Size a GRPO run without a GPU: parameters, memory, traffic, modelled step time."""
+    from r1kern.config import TrainConfig, load_config
+
+    options = load_config(TrainConfig, config, overrides or [])
+    from r1kern.plan.command import run as make
+
+    made = make(
+        options,
+        world=world,
+        hardware=hardware,
+        prompt_tokens=prompt,
+        response_tokens=response,
+        json_file=json,
+        picture=picture,
+    )
+    raise typer.Exit(0 if made.fits else 1)
 
 
 @app.command()

@@ -72,7 +72,12 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     data = {path.relative_to(ROOT) for path in (ROOT / "r1kern/data/files").iterdir()}
     beside = {
         "r1kern" / path.relative_to(ROOT)
-        for pattern in ("kernels/*.py", "benchmarks/*.py", "configs/*.yaml")
+        for pattern in (
+            "kernels/*.py",
+            "benchmarks/*.py",
+            "configs/*.yaml",
+            "configs/models/*/*.json",
+        )
         for path in ROOT.glob(pattern)
     }
     typing = {"r1kern/py.typed", "r1kern/_C.pyi"}

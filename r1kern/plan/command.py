@@ -1,0 +1,48 @@
+"""`r1kern plan`: a plan as text, JSON and picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+from r1kern.config import TrainConfig
+from r1kern.plan import picture as pictures
+from r1kern.plan.layouts import nearest
+from r1kern.plan.make import Plan, as_json, make_plan
+from r1kern.plan.text import does_not_fit, show
+
+
+def run(
+    config: TrainConfig,
+    *,
+    json_file: Path | None = None,
+    picture: Path | None = None,
+    console: Console | None = None,
+    **options,
+) -> Plan:
+    """Plan, print, write.
+
+    Args:
+        options: of `make.make_plan`.
+    """
+    from r1kern.model.hf_config import read_hf_config
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # notes on each layer's classes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = make_plan(config, **options)
+        found = [] if plan.fits else nearest(plan, read_hf_config(config.model.path))
+    show(plan, found, console or Console())
+    if json_file is not None:
+        data = as_json(plan) | {
+            "does_not_fit": does_not_fit(plan),
+            "nearest": [{"overrides": f.options(), "plan": as_json(f.plan)} for f in found],
+        }
+        json_file.write_text(json.dumps(data, indent=1))
+    if picture is not None:
+        pictures.draw(plan, picture)
+    return plan

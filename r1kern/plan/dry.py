@@ -1,0 +1,381 @@
+"""The real model code without a cluster: a fake process group and fake tensors.
+
+One process plays one rank of any world; Megatron's groups, `build_model` and every layer are the
+ones that train.  Only the counts of rows per expert, which the host must know, are given: routing
+is taken as balanced.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import PretrainedConfig
+
+from r1kern import ops
+from r1kern.config import RecomputedPart
+from r1kern.errors import UserError
+from r1kern.plan.random_state import without_random_states
+from r1kern.plan.trace import SavedBytes, Trace, Work
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes that a plan varies.
+
+    Attributes:
+        world: processes.
+        tp, ep, pp: parallel sizes.
+        layers: of each pipeline stage.
+    """
+
+    world: int
+    tp: int
+    ep: int
+    pp: int
+    layers: tuple[int, ...]
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp)
+
+    @property
+    def expert_dp(self) -> int:
+        return self.world // (self.ep * self.pp)
+
+    def __str__(self) -> str:
+        return f"TP{self.tp} PP{self.pp} EP{self.ep} DP{self.dp}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Parameters held by each rank of a pipeline stage.
+
+    Attributes:
+        layers: transformer layers.
+        dense: parameters reduced over all data-parallel ranks.
+        expert: parameters of routed experts.
+        distinct: parameters of the stage, each counted once over its ranks.
+    """
+
+    layers: int
+    dense: int
+    expert: int
+    distinct: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One piece of the model (a layer, the embedding, the head) on one rank and micro-batch.
+
+    Attributes:
+        dense, expert: parameters, as in `Stage`.
+        saved: bytes kept for the backward.
+        working: further bytes at the peak of forward and backward.
+        forward_peak: bytes at the peak of a forward without gradient.
+        forward, backward: work of each pass, recomputation in the backward.
+    """
+
+    dense: int
+    expert: int
+    saved: int
+    working: int
+    forward_peak: int
+    forward: Work
+    backward: Work
+
+    def recomputed(self, input_bytes: int) -> Cost:
+        """The same piece when only its input is kept and the forward runs again."""
+        return Cost(
+            self.dense,
+            self.expert,
+            input_bytes,
+            self.saved + self.working,
+            self.forward_peak,
+            self.forward,
+            self.backward + self.forward,
+        )
+
+
+@contextmanager
+def fake_world(layout: Layout, rank: int):
+    """Within the block this process is `rank` of the world, with Megatron's groups.
+
+    Raises:
+        UserError: torch.distributed is in use already.
+    """
+    if dist.is_initialized():
+        raise UserError("a plan needs a process of its own: do not start it with torchrun")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from r1kern import megatron_cpu
+
+    if not torch.cuda.is_available():
+        megatron_cpu.install()
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    excepthook = sys.excepthook
+    dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
+    try:
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(1)
+        with without_random_states(), FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+        sys.excepthook = excepthook  # torch.distributed wraps it once for every world
+
+
+def build_stage(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, **overrides):
+    """This rank's pipeline stage; call it within `fake_world`."""
+    from r1kern.model.gpt import build_model
+    from r1kern.model.megatron_config import to_megatron_config
+
+    overrides = {"pipeline_model_parallel_layout": _stages(layout), **overrides}
+    config = to_megatron_config(
+        hf,
+        tp=layout.tp,
+        ep=layout.ep,
+        pp=layout.pp,
+        dtype=dtype,
+        perform_initialization=False,
+        **overrides,
+    )
+    positions = hf.max_position_embeddings
+    return build_model(config, vocab_size=hf.vocab_size, max_positions=positions)
+
+
+def _stages(layout: Layout) -> str | None:
+    """Megatron's notation of the layers of each pipeline stage."""
+    if layout.pp == 1:
+        return None
+    stages = ["t" * n for n in layout.layers]
+    stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
+    return "|".join(stages)
+
+
+def stage_parameters(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> list[Stage]:
+    """Exact parameters of each pipeline stage, from the real model of one rank of it.
+
+    Stages with the same layers are built once.
+    """
+    built: dict[tuple, Stage] = {}
+    stages, kinds = [], layer_kinds(hf)
+    for index, count in enumerate(layout.layers):
+        first = sum(layout.layers[:index])
+        key = (index == 0, index == layout.pp - 1, *kinds[first : first + count])
+        if key not in built:
+            built[key] = _stage(hf, layout, dtype, index)
+        stages.append(built[key])
+    return stages
+
+
+def layer_kinds(hf) -> list[str]:
+    """ "dense" or "moe" for each layer."""
+    dense = getattr(hf, "first_k_dense_replace", hf.num_hidden_layers)
+    return ["dense" if i < dense else "moe" for i in range(hf.num_hidden_layers)]
+
+
+def _stage(hf, layout: Layout, dtype, stage: int) -> Stage:
+    with fake_world(layout, stage * layout.world // layout.pp):
+        from r1kern.model.names import local_tensors
+
+        model = build_stage(hf, layout, dtype)
+        trained = dict(model.named_parameters())
+        split = {name: slot.split for name, _, slot in local_tensors(model)}
+        expert = {name for name, p in trained.items() if not getattr(p, "allreduce", True)}
+        copies = {
+            name: layout.ep if name in expert else 1 if split[name] is None else layout.tp
+            for name in trained
+        }
+        return Stage(
+            layers=len(model.decoder.layers),
+            dense=sum(p.numel() for name, p in trained.items() if name not in expert),
+            expert=sum(trained[name].numel() for name in expert),
+            distinct=sum(p.numel() * copies[name] for name, p in trained.items()),
+        )
+
+
+def measure(
+    hf: PretrainedConfig,
+    *,
+    tp: int,
+    ep: int,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    recompute: list[RecomputedPart] = (),
+) -> dict[str, Cost]:
+    """Costs of one layer of each kind, of the embedding and of the final norm.
+
+    Args:
+        tp, ep: layout of the layers.
+        rows: packed rows of a micro-batch.
+        length: rows of each sequence in it.
+        recompute: see `config.Train`.
+
+    Returns:
+        "embedding", "dense" and "moe" layer (those the model has), "final": the norm and the gather
+        before the head, without the head itself.
+    """
+    kinds = sorted(set(layer_kinds(hf)))
+    small = copy.deepcopy(hf)
+    small.num_hidden_layers = len(kinds)
+    if "moe" in kinds:
+        small.first_k_dense_replace = int("dense" in kinds)
+    layout = Layout(tp * ep, tp, ep, 1, (len(kinds),))
+    packing, tokens, positions = _micro_batch(rows, length)
+    with fake_world(layout, 0):
+        model = build_stage(small, layout, dtype, **_selective(recompute))
+        for layer, kind in zip(model.decoder.layers, kinds, strict=True):
+            if kind == "moe":
+                layer.mlp.token_dispatcher = _balanced(layer.mlp.token_dispatcher)
+        pieces = {"embedding": model.embedding, "final": model.decoder.final_layernorm}
+        pieces |= dict(zip(kinds, model.decoder.layers, strict=True))
+        calls = _calls(
+            model, pieces, lambda: model(tokens, positions, None, packed_seq_params=packing)
+        )
+        costs = {name: _cost(piece, calls[name]) for name, piece in pieces.items()}
+        if "full" in recompute:
+            kept = rows // tp * hf.hidden_size * dtype.itemsize
+            costs |= {kind: costs[kind].recomputed(kept) for kind in kinds}
+    return costs
+
+
+def _selective(recompute) -> dict:
+    """Megatron's options for parts of a layer; "full" is the whole layer, see `recomputed`."""
+    parts = [part for part in recompute if part != "full"]
+    return dict(recompute_granularity="selective", recompute_modules=parts) if parts else {}
+
+
+def _micro_batch(rows: int, length: int):
+    from r1kern.model.core_attention import Packing
+
+    starts = [*range(0, rows, length), rows]
+    packing = Packing.of(torch.tensor(starts, dtype=torch.int32))
+    return packing, torch.zeros(1, rows, dtype=torch.int64), packing.positions[None]
+
+
+def _calls(model, pieces: dict, run) -> dict:
+    """Each piece as a function without arguments: the model's call, its hidden states a leaf.
+
+    The last piece is the final norm and all that follows it up to the head.
+    """
+    calls, last, after = {}, model._postprocess, {}
+
+    def note_last(*args, **kwargs):
+        after.update(kwargs)
+        return last(*args, **kwargs)
+
+    def noting(name, piece):
+        def note(_, args, kwargs):
+            calls[name] = _call(piece, args, kwargs)
+
+        return piece.register_forward_pre_hook(note, with_kwargs=True)
+
+    hooks = [noting(name, piece) for name, piece in pieces.items()]
+    model._postprocess = note_last
+    with torch.no_grad():
+        run()
+    model._postprocess = last
+    for hook in hooks:
+        hook.remove()
+    norm = calls["final"]
+    calls["final"] = lambda: last(**{**after, "hidden_states": norm()})
+    return calls
+
+
+def _call(piece, args, kwargs):
+    """`piece(*args, **kwargs)` again, its hidden states (if any) a leaf that wants a gradient."""
+    kwargs = dict(kwargs)
+    leaf = None
+    if "hidden_states" in kwargs:
+        leaf = kwargs["hidden_states"] = kwargs["hidden_states"].detach().requires_grad_()
+    elif args and args[0].is_floating_point():
+        leaf = args[0].detach().requires_grad_()
+        args = (leaf, *args[1:])
+
+    def again():
+        if leaf is not None:
+            leaf.grad = None
+        out = piece(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    return again
+
+
+def _cost(module, forward) -> Cost:
+    """Forward without gradient, then with it and the backward."""
+    with torch.no_grad(), Trace() as bare:
+        forward()
+    saved = SavedBytes(module)
+    hooks = [p.register_post_accumulate_grad_hook(_drop) for p in module.parameters()]
+    with Trace() as trace:
+        with saved.watch():
+            out = forward()
+        kept, work = saved.total(), trace.work
+        trace.work = Work()
+        if out.requires_grad:
+            out.backward(torch.empty_like(out))
+    for hook in hooks:
+        hook.remove()
+    experts = sum(p.numel() for p in module.parameters() if not getattr(p, "allreduce", True))
+    return Cost(
+        dense=sum(p.numel() for p in module.parameters()) - experts,
+        expert=experts,
+        saved=kept,
+        working=max(0, trace.peak - kept),
+        forward_peak=bare.peak,
+        forward=work,
+        backward=trace.work,
+    )
+
+
+def _drop(parameter) -> None:
+    """A gradient is added to the gradient buffer and freed as soon as it is there."""
+    parameter.grad = None
+
+
+def _balanced(dispatcher):
+    """The dispatcher with equal counts of rows for every expert, known to the host."""
+    from r1kern.model import dispatch
+
+    class Balanced(dispatch.Dispatcher):
+        """Every expert of every rank gets the same number of rows."""
+
+        def token_dispatch(self, rows, weights):
+            ranks, experts = self.ep_size, self.num_local_experts
+            with unset_fake_temporarily():
+                even = torch.arange(ranks * experts + 1) * len(rows) // (ranks * experts)
+                self.by_source = even.diff().view(ranks, experts)
+                self.sent = self.arrived = self.by_source.sum(1).tolist()
+            return (
+                dispatch.all_to_all(self.ep_group, x, self.arrived, self.sent)
+                for x in (rows, weights)
+            )
+
+        def dispatch_postprocess(self, rows, weights):
+            with unset_fake_temporarily():
+                self.by_expert = dispatch._regrouped(self.by_source, rows.device)
+                rows_per_expert = self.by_source.sum(0)
+            if self.by_expert is not None:
+                rows = ops.permute(rows, self.by_expert)
+                weights = ops.permute(weights[:, None], self.by_expert)[:, 0]
+            return rows, rows_per_expert, weights
+
+    balanced = copy.copy(dispatcher)
+    balanced.__class__ = Balanced
+    return balanced
