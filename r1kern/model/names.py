@@ -7,7 +7,7 @@ held whole; experts lie whole on one expert-parallel rank.  `Slot` says which.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,20 @@ def hf_shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     shapes["model.norm.weight"] = (hidden,)
     shapes["lm_head.weight"] = (hf.vocab_size, hidden)
     return shapes
+
+
+def hf_splits(names: Iterable[str]) -> dict[str, int | None]:
+    """Dimension in which tensor parallelism cuts each tensor; None for one that it does not."""
+    by_stem = {stem: split for stems, split in _LAYER.values() for stem in stems}
+    outside = {slot.names[0]: slot.split for slot in _OUTSIDE.values()}
+    splits = {}
+    for name in names:
+        stem = name.split(".", 3)[-1] if name.startswith("model.layers.") else None
+        if stem is None:
+            splits[name] = outside[name]
+        else:
+            splits[name] = None if stem.startswith("mlp.experts.") else by_stem[stem]
+    return splits
 
 
 def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]:

@@ -23,13 +23,16 @@ from r1kern import ops
 from r1kern.config import Model, Optim, Parallel
 from r1kern.distributed import World
 from r1kern.model.core_attention import Packing
+from r1kern.model.export import Named, export_buckets, export_weights
 from r1kern.model.gpt import build_model
 from r1kern.model.hf_config import check_layout, read_hf_config
 from r1kern.model.hf_files import SafetensorsReader, write_model_folder
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
-from r1kern.model.names import local_tensors
-from r1kern.model.weights import export_weights, import_weights
+from r1kern.model.names import hf_shapes, hf_splits, local_tensors
+from r1kern.model.sync_plan import SyncPlan, plan_sync
+from r1kern.model.weights import import_weights
 from r1kern.train import adam
+from r1kern.train.offload import Offload
 from r1kern.types import PackedBatch
 
 
@@ -105,6 +108,7 @@ class Policy:
         )
         self.ddp.broadcast_params()  # random initialisation must not differ between replicas
         self.optimizer = self._build_optimizer(optim, DTYPES[model.dtype])
+        self.offload = Offload(self.ddp, self.optimizer)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -191,6 +195,7 @@ class Policy:
             FloatingPointError: the loss or the gradient is not finite; in the first case the
                 weights are untouched.
         """
+        assert not self.offload.is_out, "gradients and optimizer are in host memory"
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
@@ -272,9 +277,27 @@ class Policy:
 
     # -- weights ----------------------------------------------------------------------------
 
+    def sync_plan(self, bucket_mib: int = 1024) -> SyncPlan:
+        """How the whole weights travel to every rank, in buckets of at most `bucket_mib`."""
+        shapes = hf_shapes(self.hf)
+        return plan_sync(
+            shapes,
+            hf_splits(shapes),
+            dtype=self.config.params_dtype,
+            tp=self.world.tp,
+            ep=self.world.ep,
+            layers=[self.hf.num_hidden_layers // self.world.pp] * self.world.pp,
+            experts=self.config.num_moe_experts or 0,
+            bucket_bytes=bucket_mib << 20,
+        )
+
+    def export_buckets(self, plan: SyncPlan) -> Iterator[Named]:
+        """Whole tensors in buckets, to be let go of one by one; see `export.export_buckets`."""
+        return export_buckets(self.model, plan)
+
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors by Hugging Face name; see `weights.export_weights`."""
-        return export_weights(self.model, self.hf)
+        """Whole tensors by Hugging Face name; see `export.export_weights`."""
+        return export_weights(self.model, self.sync_plan())
 
     def save_hf(self, folder) -> None:
         """Write a folder that transformers and vLLM load; collective."""

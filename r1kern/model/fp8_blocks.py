@@ -1,0 +1,91 @@
+"""DeepSeek-V3's FP8 weights: e4m3 codes with one float32 scale per block of 128 x 128.
+
+Legend: M rows and N columns of a linear weight; a block at the lower or right edge may be partial,
+so that the scales are [ceil(M / 128), ceil(N / 128)].
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 128
+LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+SCALE = "_scale_inv"  # of a weight's name; despite it, the factor that restores the weight
+
+# The linear layers of attention, MLP, routed and shared experts, multi-token prediction's included.
+# Embedding, head, norms, router (`mlp.gate`) and `eh_proj` are bf16 in the published files.
+_QUANTISED = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.(\w+\.)*\w+_proj(_with_mqa)?\.weight")
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the published checkpoint stores this tensor in FP8."""
+    return _QUANTISED.fullmatch(name) is not None
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[M, N] of the weight -> shape of its scales."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales: scale = amax / 448 over the block, code = weight / scale rounded to e4m3.
+
+    The rule of DeepSeek-V3 (arXiv 2412.19437, section 3.3).  Dequantised to bf16 or float32 and
+    quantised again, a block whose largest code is 448 gets the same codes; its scale is the same
+    where 448 * scale is exact in the type in between (then the values are bit-equal as well), else
+    it moves once, by a rounding error of that type, and stays.
+
+    Args:
+        weight: [M, N], any float dtype.
+
+    Returns:
+        float8_e4m3fn [M, N] and float32 [ceil(M / 128), ceil(N / 128)].
+
+    Raises:
+        FloatingPointError: a weight is not finite.
+    """
+    columns = weight.shape[1]
+    codes = torch.empty_like(
+        weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
+    )
+    scales = torch.empty(scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
+    for i, strip in enumerate(weight.split(BLOCK)):
+        blocks = F.pad(strip.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+        # The smallest normal number stands in for the scale of a block of zeros.
+        scales[i] = (blocks.abs().amax((0, 2)) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        rows = (blocks / scales[i, :, None]).flatten(1)[:, :columns]
+        codes[i * BLOCK :][: len(strip)] = rows.to(torch.float8_e4m3fn)
+    if not torch.isfinite(scales).all():
+        raise FloatingPointError("a weight that is not finite cannot be quantised")
+    return codes, scales
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    first_row: int = 0,
+    first_column: int = 0,
+) -> None:
+    """Write codes * scales, multiplied in float32 and rounded to the dtype of `out`.
+
+    A window [R, C] of the weight needs the scales of the blocks that it touches only.
+
+    Args:
+        codes: float8_e4m3fn [R, C], rows from `first_row` and columns from `first_column` on.
+        scales: [ceil(M / 128), ceil(N / 128)] of the whole weight.
+        out: [R, C], any float dtype and device.
+    """
+    rows, columns = codes.shape
+    block_of_column = torch.arange(first_column, first_column + columns) // BLOCK
+    done = 0
+    while done < rows:
+        block, offset = divmod(first_row + done, BLOCK)
+        strip = slice(done, min(rows, done + BLOCK - offset))
+        factors = scales[block, block_of_column].to(out.device, torch.float32)
+        out[strip] = codes[strip].to(out.device).float() * factors
+        done = strip.stop
