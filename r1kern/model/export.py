@@ -30,7 +30,6 @@ def export_weights(model: DeepSeekV3, plan: SyncPlan) -> Iterator[tuple[str, tor
         yield from bucket
 
 
-@torch.no_grad()
 def export_buckets(model: DeepSeekV3, plan: SyncPlan) -> Iterator[Named]:
     """Whole tensors by Hugging Face name, bucket by bucket, on every rank.
 
@@ -44,6 +43,7 @@ def export_buckets(model: DeepSeekV3, plan: SyncPlan) -> Iterator[Named]:
     parts = local_parts(model)
     _check_names(parts, plan)
     for bucket in plan.buckets:
+        # torch.no_grad around a generator would keep the last bucket while the next is gathered
         yield _gather(bucket, parts)
 
 
@@ -70,6 +70,7 @@ def _check_names(parts: dict[str, torch.Tensor], plan: SyncPlan) -> None:
     assert not missing, f"planned, but not held on stage {stage}, expert rank {rank}: {missing[:4]}"
 
 
+@torch.no_grad()
 def _gather(bucket: Bucket, parts: dict[str, torch.Tensor]) -> Named:
     device = next(iter(parts.values())).device
     stages = mpu.get_pipeline_model_parallel_group()

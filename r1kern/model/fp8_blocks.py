@@ -17,7 +17,9 @@ SCALE = "_scale_inv"  # of a weight's name; despite it, the factor that restores
 
 # The linear layers of attention, MLP, routed and shared experts, multi-token prediction's included.
 # Embedding, head, norms, router (`mlp.gate`) and `eh_proj` are bf16 in the published files.
-_QUANTISED = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.(\w+\.)*\w+_proj(_with_mqa)?\.weight")
+_QUANTISED = re.compile(
+    r"model\.layers\.\d+\.(self_attn|mlp)\.(\w+\.)*\w+_proj(_with_mqa)?\.weight"
+)
 
 
 def is_quantised(name: str) -> bool:
@@ -33,10 +35,11 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales: scale = amax / 448 over the block, code = weight / scale rounded to e4m3.
 
-    The rule of DeepSeek-V3 (arXiv 2412.19437, section 3.3).  Dequantised to bf16 or float32 and
-    quantised again, a block whose largest code is 448 gets the same codes; its scale is the same
-    where 448 * scale is exact in the type in between (then the values are bit-equal as well), else
-    it moves once, by a rounding error of that type, and stays.
+    The rule of DeepSeek-V3 (arXiv 2412.19437, section 3.3).  What it made, dequantised to float32
+    and quantised again, comes back bit for bit: 448 * fl(amax / 448) differs from amax by too
+    little to change the quotient.  Through bf16 that holds if amax was a bf16 number; else the
+    codes come back, and the scales move by bf16's rounding, once.  Scales that are no amax / 448
+    may move by one unit in the last place, once.
 
     Args:
         weight: [M, N], any float dtype.

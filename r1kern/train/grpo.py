@@ -37,7 +37,6 @@ from r1kern.train.packing import pack
 from r1kern.train.policy import Head, Loss, Policy
 from r1kern.types import PackedBatch, Rollout, Sequence
 
-
 log = logging.getLogger(__name__)
 
 
@@ -236,7 +235,7 @@ class GRPO:
         """The GPU's memory to the trainer: the generator sleeps, the optimizer is back."""
         with self.ledger("sleep"):
             report = self.generator.sleep()
-            self.policy.offload.back()
+            self.policy.host_copies.back()
         if report is None:
             return {}
         return {"sleep_freed_bytes": report.freed, "sleep_host_bytes": report.host}
@@ -246,7 +245,7 @@ class GRPO:
         freed = host = 0
         with self.ledger("wake"):
             if self._offloads:
-                freed, host = self.policy.offload.out()
+                freed, host = self.policy.host_copies.out()
             self.generator.wake(tag)
         return {"offload_freed_bytes": freed, "offload_host_bytes": host} if freed else {}
 

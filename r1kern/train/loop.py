@@ -71,7 +71,7 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
                 stop = stop_requested()
                 if stop or done == options.steps or _due(done, options.save_every):
                     with trainer.ledger("save"):
-                        policy.offload.back()
+                        policy.host_copies.back()
                         checkpoints.save(policy, done, trainer.state())
                     saved = done
                 seconds = trainer.ledger.close_step()

@@ -32,7 +32,7 @@ from r1kern.model.names import hf_shapes, hf_splits, local_tensors
 from r1kern.model.sync_plan import SyncPlan, plan_sync
 from r1kern.model.weights import import_weights
 from r1kern.train import adam
-from r1kern.train.offload import Offload
+from r1kern.train.host_copies import HostCopies
 from r1kern.types import PackedBatch
 
 
@@ -108,7 +108,7 @@ class Policy:
         )
         self.ddp.broadcast_params()  # random initialisation must not differ between replicas
         self.optimizer = self._build_optimizer(optim, DTYPES[model.dtype])
-        self.offload = Offload(self.ddp, self.optimizer)
+        self.host_copies = HostCopies(self.ddp, self.optimizer)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -195,7 +195,7 @@ class Policy:
             FloatingPointError: the loss or the gradient is not finite; in the first case the
                 weights are untouched.
         """
-        assert not self.offload.is_out, "gradients and optimizer are in host memory"
+        assert not self.host_copies.is_out, "gradients and optimizer are in host memory"
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 
-class Offload:
+class HostCopies:
     """Moves a trainer's gradients and optimizer state out and back.
 
     Args:
