@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from r1kern.errors import UserError
-from r1kern.model.fp8_blocks import is_quantised, quantize, scale_shape
-
-SCALE = "_scale_inv"  # appended to the weight's name; the factor that restores the weight
+from r1kern.model.fp8_blocks import SCALE, is_quantised, quantize, scale_shape
 
 QUANTIZATION = {
     "quant_method": "fp8",
