@@ -95,7 +95,9 @@ def test_four_ranks(model, generator_tp):
 # -- the plan -----------------------------------------------------------------------------------
 
 
-def plan_of(shapes, splits=None, *, tp=1, ep=1, layers=(4,), experts=16, bucket_bytes=1 << 20):
+def plan_of(
+    shapes, splits=None, *, tp=1, ep=1, layers=(4,), experts=16, bucket_bytes=1 << 20, copies=()
+):
     from r1kern.model.sync_plan import plan_sync
 
     return plan_sync(
@@ -107,6 +109,7 @@ def plan_of(shapes, splits=None, *, tp=1, ep=1, layers=(4,), experts=16, bucket_
         layers=list(layers),
         experts=experts,
         bucket_bytes=bucket_bytes,
+        copies=dict(copies),
     )
 
 
@@ -160,6 +163,14 @@ def test_tensor_above_the_bucket_has_its_own_and_sets_the_peak():
     assert split.peak_bytes == 128_000 + 3 * 64_000
     assert plan_of(shapes, bucket_bytes=1024).peak_bytes == 0, "views of the parameters"
     assert plan.fingerprint != split.fingerprint
+
+
+def test_copy_comes_from_the_stage_that_holds_its_source():
+    shapes = {"model.embed_tokens.weight": (8, 8), "model.layers.4.embed_tokens.weight": (8, 8)}
+    copies = dict([reversed(shapes)])
+    plan = plan_of(shapes, layers=(2, 2), copies=copies)
+    assert [bucket.stage for bucket in plan.buckets] == [0]
+    assert [item.source for item in plan.buckets[0].items] == ["model.embed_tokens.weight"] * 2
 
 
 def test_routing_bias_stays_float32():

@@ -61,7 +61,7 @@ def _check_names(parts: dict[str, torch.Tensor], plan: SyncPlan) -> None:
     stage = mpu.get_pipeline_model_parallel_rank()
     rank = mpu.get_expert_model_parallel_rank()
     planned = {
-        item.name
+        item.source
         for bucket in plan.buckets
         for item in bucket.items
         if bucket.stage == stage and item.expert_rank in (None, rank)
@@ -90,7 +90,7 @@ def _gather(bucket: Bucket, parts: dict[str, torch.Tensor]) -> Named:
     for source, part in experts.items():
         dist.broadcast(part, group_src=source, group=mpu.get_expert_model_parallel_group())
     return [
-        (item.name, parts[item.name] if item.offset is None else _view(buffer, item))
+        (item.name, parts[item.source] if item.offset is None else _view(buffer, item))
         for item in bucket.items
     ]
 
@@ -100,9 +100,9 @@ def _fill(bucket: Bucket, parts, buffer: torch.Tensor, cuts: torch.Tensor, rank:
     tp = mpu.get_tensor_model_parallel_world_size()
     for item in bucket.items:
         if item.cut_offset is not None:
-            _cut_view(cuts, item, tp).copy_(parts[item.name])
+            _cut_view(cuts, item, tp).copy_(parts[item.source])
         elif item.offset is not None and item.expert_rank in (None, rank):
-            _view(buffer, item).copy_(parts[item.name])
+            _view(buffer, item).copy_(parts[item.source])
 
 
 def _gather_cuts(bucket: Bucket, buffer: torch.Tensor, cuts: torch.Tensor) -> None:

@@ -17,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from types import MappingProxyType
 
 import torch
 
@@ -33,6 +34,8 @@ class Item:
 
     Attributes:
         name: published (Hugging Face) name.
+        source: name under which the model holds it; another one for a published copy, as of the
+            embedding in a multi-token-prediction layer.
         shape, dtype: of the whole tensor.
         split: dimension cut over the tensor-parallel ranks; None when each holds the whole.
         expert_rank: expert-parallel rank that holds it; None when each does.
@@ -42,6 +45,7 @@ class Item:
     """
 
     name: str
+    source: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     split: int | None
@@ -132,6 +136,7 @@ def plan_sync(
     layers: Sequence[int],
     experts: int,
     bucket_bytes: int,
+    copies: Mapping[str, str] = MappingProxyType({}),
 ) -> SyncPlan:
     """Cuts the model into buckets.
 
@@ -143,20 +148,21 @@ def plan_sync(
         layers: layers of each pipeline stage, as many entries as stages.
         experts: routed experts of a layer (0 for a dense model).
         bucket_bytes: most bytes of whole tensors in a bucket; a larger tensor has one of its own.
+        copies: name -> name of the tensor that it repeats.
     """
     pp = len(layers)
-
-    def item(name: str) -> Item:
-        dimension = splits[name] if tp > 1 else None
-        return Item(
+    items = [
+        Item(
             name,
-            tuple(shapes[name]),
+            copies.get(name, name),
+            tuple(shape),
             dtype_of(name, dtype),
-            dimension,
+            splits[name] if tp > 1 else None,
             _expert_rank(name, experts // ep) if ep > 1 else None,
         )
-
-    groups = _cut(((owner_stage(name, layers), item(name)) for name in shapes), bucket_bytes)
+        for name, shape in shapes.items()
+    ]
+    groups = _cut(((owner_stage(item.source, layers), item) for item in items), bucket_bytes)
     return SyncPlan(tuple(_lay_out(s, i, tp, pp) for s, i in groups), tp, ep, pp)
 
 
@@ -180,7 +186,7 @@ def _expert_rank(name: str, per_rank: int) -> int | None:
 
 
 def _cut(
-    items: Iterator[tuple[int, Item]], bucket_bytes: int
+    items: Iterable[tuple[int, Item]], bucket_bytes: int
 ) -> Iterator[tuple[int, tuple[Item, ...]]]:
     """Consecutive items of one stage that fit into `bucket_bytes`, with their stage."""
     stage, held, size = 0, [], 0
