@@ -86,6 +86,8 @@ def test_metrics_of_a_run(whole):
         assert 0 < record["max_mismatch"] < 1e-4
         assert record["kl"] >= 0
         assert record["grad_norm"] > 0
+        assert record["sync_bytes"] > 4e5
+        assert record["sync_seconds"] > 0
     assert records[-1]["weight_version"] == 8
     assert records[0]["kl"] < records[-1]["kl"]
 
