@@ -94,6 +94,8 @@ def test_metrics_of_a_run(whole):
         assert 0 <= record["pack/padding"] < 0.5
         assert 0 <= record["pack/imbalance"] < 1
         assert record["grad_norm"] > 0
+        assert record["sync_bytes"] > 4e5
+        assert record["sync_seconds"] > 0
     assert records[-1]["weight_version"] == 8
     assert records[0]["kl"] < records[-1]["kl"]
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig
 
 from r1kern.errors import UserError
-from r1kern.generate import host, sync, vllm_cpu
+from r1kern.generate import fp8, host, sleep, sync, vllm_cpu
 from r1kern.types import Completion, Prompt, Rollout
 
 log = logging.getLogger(__name__)
@@ -62,12 +62,16 @@ class Generator:
         enforce_eager: no CUDA graphs (of the decoding steps) and no compilation; must hold on CPU.
         prefix_caching: compute the prompt of a group once (not with MLA on CPU).
         trust_remote_code: run Python code that comes with the model.
+        can_sleep: build the engine so that `sleep` frees its memory (CUDA; elsewhere `sleep` does
+            nothing).
+        quantized: hold and compute with FP8 weights in blocks of 128 x 128 (CUDA), made from the
+            tensors of each `sync`.
     Attributes:
         version: updates that the weights have received; None when there are none (before the
-            first sync without `load_weights`, after `close` or a sync that failed).
+            first sync without `load_weights`, after `sleep`, `close` or a sync that failed).
     Raises:
-        UserError: torch.distributed is not initialised, or (CPU) another vLLM is installed or CUDA
-            graphs are asked for.
+        UserError: torch.distributed is not initialised, an option cannot work on this device or
+            with this allocator, or (CPU) another vLLM is installed.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class Generator:
         enforce_eager: bool = True,
         prefix_caching: bool = False,
         trust_remote_code: bool = False,
+        can_sleep: bool = False,
+        quantized: bool = False,
     ):
         if device == "cpu" and not enforce_eager:
             raise UserError(
@@ -100,6 +106,9 @@ class Generator:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._device = device
+        self._can_sleep = can_sleep and device == "cuda"
+        self._asleep: set[str] = set()
+        self._quantized = quantized
         self.version = 0 if load_weights else None
         arguments = dict(
             model=str(model),
@@ -119,6 +128,14 @@ class Generator:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        if quantized:
+            fp8.check_device(device)
+            arguments["hf_overrides"] = {"quantization_config": fp8.QUANTIZATION}
+        if self._can_sleep:
+            sleep.check_allocator(os.environ)
+            arguments["enable_sleep_mode"] = True
+        elif can_sleep:
+            log.info("the generator does not sleep on %s: its memory stays with it", device)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         if max_model_len > config.max_position_embeddings:
             raise UserError(
@@ -147,6 +164,7 @@ class Generator:
             UserError: a prompt and its completion may not fit into `max_model_len`.
         """
         assert self.version is not None, "the engine holds no weights (closed, or never synced)"
+        assert not self._asleep, "the engine sleeps"
         for prompt in prompts:
             if len(prompt.ids) + sampling.max_tokens > self._max_model_len:
                 raise UserError(
@@ -188,24 +206,55 @@ class Generator:
 
     def sync(
         self,
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        buckets: Iterable[Iterable[tuple[str, torch.Tensor]]],
         expected: Mapping[str, tuple[int, ...]],
         version: int,
     ) -> sync.SyncReport:
-        """Replaces all weights; see `r1kern.generate.sync.receive`.
+        """Replaces all weights, bucket by bucket; see `r1kern.generate.sync.receive`.
 
+        Args:
+            buckets: lists of whole tensors by published names, in bf16 or float32 also for a
+                quantised engine.
+            expected: name and shape of every tensor that the buckets hold.
+            version: number of optimizer updates the weights have received.
         Raises:
             SyncError: weights did not arrive whole, and the engine is closed.
         """
         assert self._llm is not None, "the engine is closed"
+        assert "weights" not in self._asleep, "the engine sleeps"
+        if self._quantized:
+            buckets, expected = map(fp8.publish, buckets), fp8.published_shapes(expected)
         try:
-            (report,) = self._llm.collective_rpc(sync.receive, args=(tensors, expected, version))
+            (report,) = self._llm.collective_rpc(sync.receive, args=(buckets, expected, version))
         except BaseException:
             # vLLM cannot take up or repeat a load that broke off: it would count elements twice
             self.close()
             raise
         self.version = version
         return report
+
+    def sleep(self) -> sleep.SleepReport | None:
+        """Gives weights and cache back to the GPU; to be followed by `wake` and `sync`.
+
+        Returns:
+            What came free; None where the engine cannot sleep (CPU) or already does.
+        Raises:
+            RuntimeError: less memory came free than weights and cache held.
+        """
+        if not self._can_sleep or self._asleep:
+            return None
+        report = sleep.sleep(self._llm)
+        self.version, self._asleep = None, set(sleep.TAGS)
+        return report
+
+    def wake(self, tag: str) -> None:
+        """Takes memory again: "weights", to be filled by `sync`, then "kv_cache".
+
+        Nothing happens where that is awake.
+        """
+        if tag in self._asleep:
+            sleep.wake(self._llm, tag)
+            self._asleep.remove(tag)
 
     def close(self) -> None:
         """Frees the model and the cache; also done at exit. Another engine may follow."""

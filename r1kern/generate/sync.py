@@ -69,7 +69,7 @@ class SentAudit:
                     f"{name}: sent with shape {tuple(tensor.shape)}, "
                     f"the model has {tuple(self.expected[name])}"
                 )
-            self._largest[name] = torch.linalg.vector_norm(tensor.detach(), ord=float("inf"))
+            self._largest[name] = _largest(tensor.detach())
             self.bytes += tensor.nbytes
             yield name, tensor
 
@@ -92,20 +92,30 @@ class SentAudit:
         return len(self._largest)
 
 
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude, NaN when there is one."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        return torch.linalg.vector_norm(tensor, ord=float("inf"))
+    # no reduction takes this type: without the sign its codes are ordered like their values, and
+    # the last one is NaN
+    return (tensor.view(torch.uint8) & 0x7F).amax().view(torch.float8_e4m3fn)
+
+
 def receive(
     worker,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    buckets: Iterable[Iterable[tuple[str, torch.Tensor]]],
     expected: Mapping[str, tuple[int, ...]],
     version: int,
 ) -> SyncReport:
-    """Loads `tensors` into the model of a vLLM worker, in place.
+    """Loads the tensors into the model of a vLLM worker, in place.
 
     These are the steps of vLLM's `reload_weights`, with both audits before the last one: there the
     layers that still wait for elements can be told, and nothing stale has been put back.
 
     Args:
         worker: vLLM's worker of this process.
-        tensors: full tensors (not shards) by published names, best in layer order.
+        buckets: lists of full tensors (not shards) by published names, best in layer order; when
+            the next list is asked for, nothing refers to the tensors of the last.
         expected: shape of every tensor that must come, by name.
         version: number of optimizer updates the weights have received.
     Raises:
@@ -127,7 +137,7 @@ def receive(
         initialize_layerwise_reload(model)
         # from here to the end of the load these are the checkpoint's, without what vLLM derives
         parameters = [name for name, _ in model.named_parameters()]
-        loaded = model.load_weights(audit.watch(tensors))
+        loaded = model.load_weights(_watch_and_settle(model, audit, buckets))
         zero = audit.finish()
         check_received(model, parameters, loaded, tied)
         finalize_layerwise_reload(model, worker.model_config)
@@ -142,6 +152,49 @@ def tied_parameters(model: torch.nn.Module) -> set[str]:
     """Second names of parameters that have two: of a head that is the embedding."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return names - {name for name, _ in model.named_parameters()}
+
+
+def _watch_and_settle(model: torch.nn.Module, audit: SentAudit, buckets) -> Iterator:
+    """The tensors of all buckets; after each bucket vLLM holds none of them any more."""
+    for bucket in buckets:
+        lent = [(name, tensor.detach()) for name, tensor in bucket]
+        del bucket
+        yield from audit.watch(lent)
+        settle(model)
+        # vLLM's loops still name the last one, and with it would keep the bucket's memory
+        for _, tensor in lent:
+            tensor.data = tensor.new_empty(0)
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Copies what waits in unfinished layers into their memory, and forgets the tensors sent.
+
+    vLLM's reload keeps every tensor of a layer until the last has come: all experts of a MoE layer,
+    whole, on every rank.  It materialises the layer only then; here this is done at once, with the
+    same steps, and vLLM's later pass finds nothing to do but to process the layer.
+
+    Args:
+        model: vLLM's model within `load_weights`.
+    """
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        _get_original_loader,
+        get_layerwise_info,
+    )
+    from vllm.model_executor.model_loader.reload.meta import materialize_layer
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if not info.loaded_weights or is_deferred_attention_layer(layer):
+            continue
+        materialize_layer(layer, info)
+        for name, arguments in info.loaded_weights:
+            # vLLM decides by this list whether such a buffer was loaded
+            assert name not in info.kernel_non_persistent_buffers, f"{name}: buffer of a checkpoint"
+            parameter = getattr(layer, name)
+            arguments.arguments["param"] = parameter
+            _get_original_loader(parameter)(*arguments.args, **arguments.kwargs)
+        info.loaded_weights = []
 
 
 def check_received(

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 
 import torch
 from transformers import PretrainedConfig
 
-from r1kern.model.gpt import DeepSeekV3
 from r1kern.model.hf_reader import Cut, HFReader
 from r1kern.model.names import hf_shapes, shared_name
-from r1kern.model.weights import export_weights
 
 
 def export_whole(
-    model: DeepSeekV3, hf: PretrainedConfig, source: HFReader | None, *, is_writer: bool
+    export: Callable[[Collection[str]], Iterator[tuple[str, torch.Tensor]]],
+    hf: PretrainedConfig,
+    source: HFReader | None,
+    *,
+    mtp_is_trained: bool,
+    dtype: torch.dtype,
+    is_writer: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`export_weights` with the multi-token-prediction layers; collective.
+    """All tensors, those of the multi-token-prediction layers included; collective.
 
     Where they are not trained they are no part of the model and take no memory: the writer reads
     them, as far as they are there, from the folder that the model came from.  Their copies of
     embedding and head are the model's in either case.
 
     Args:
+        export: yields the named tensors out of the model.
         source: that folder; None when the model began at random.
+        dtype: of the model's parameters.
         is_writer: this rank yields the tensors that only `source` has.
     """
     trained, names = hf_shapes(hf), hf_shapes(hf, mtp=True)
-    if model.config.mtp_num_layers:
-        return export_weights(model, hf, names)
+    if mtp_is_trained:
+        return export(names)
     deeper = [name for name in names if name not in trained and source and name in source.stored]
     copies = [name for name in deeper if shared_name(name) != name]
     read = (
-        (name, _read(source, name, model.config.params_dtype))
-        for name in deeper
-        if is_writer and name not in copies
+        (name, _read(source, name, dtype)) for name in deeper if is_writer and name not in copies
     )
-    return chain(export_weights(model, hf, [*trained, *copies]), read)
+    return chain(export([*trained, *copies]), read)
 
 
 def _read(source: HFReader, name: str, dtype: torch.dtype) -> torch.Tensor:

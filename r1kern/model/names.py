@@ -7,7 +7,7 @@ held whole; experts lie whole on one expert-parallel rank.  `Slot` says which.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -151,6 +151,21 @@ def shared_name(name: str) -> str:
     """
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
     return _SHARED.get(rest, name) if layer.isdigit() else name
+
+
+def hf_splits(names: Iterable[str]) -> dict[str, int | None]:
+    """Dimension in which tensor parallelism cuts each tensor; None for one that it does not."""
+    by_stem = {stem: split for stems, split in (_LAYER | _MTP).values() for stem in stems}
+    outside = {slot.names[0]: slot.split for slot in _OUTSIDE.values()}
+    splits = {}
+    for name in names:
+        source = shared_name(name)
+        stem = source.split(".", 3)[-1]
+        if source in outside:
+            splits[name] = outside[source]
+        else:
+            splits[name] = None if stem.startswith("mlp.experts.") else by_stem[stem]
+    return splits
 
 
 def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]:

@@ -9,6 +9,7 @@ sampling).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,15 +25,20 @@ from r1kern.data.stream import Stream
 from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
 from r1kern.eval.heldout import summarise
+from r1kern.generate.agree import agree
 from r1kern.generate.engine import Generator, Sampling
+from r1kern.generate.sync import SyncReport
 from r1kern.model.names import hf_shapes
 from r1kern.model.replay import Choices
+from r1kern.model.sync_plan import SyncPlan
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import read_rollouts, step_file, write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
 from r1kern.train.packing import plan_batches
 from r1kern.train.policy import Head, Loss, Policy
 from r1kern.types import PackedBatch, Rollout, Sequence
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,10 @@ class GRPO:
             tokenizer=tokenizer,
             load_weights=False,
             trust_remote_code=config.model.trust_remote_code,
+            can_sleep=config.generator.sleep,
+            quantized=config.generator.fp8,
         )
+        self.sync_plan = self.policy.sync_plan(config.generator.sync_bucket_mib)
         self.sampling = Sampling(
             n=config.rollout.group_size,
             max_tokens=config.rollout.max_tokens,
@@ -108,6 +117,9 @@ class GRPO:
             stop_ids=(tokenizer.eos_token_id,),
         )
         self.temperature = config.rollout.temperature
+        self._offloads = config.train.offload_in_rollout and world.device.type == "cuda"
+        if config.train.offload_in_rollout and not self._offloads:
+            log.info("train.offload_in_rollout: on CPU there is no other memory to offload to")
         self.rollouts: list[Rollout] = []
         self._interrupted: list[Rollout] = []  # of the step in which the last process was killed
         self.done = 0
@@ -116,16 +128,7 @@ class GRPO:
     def step(self) -> dict[str, float]:
         """Sample, score, advantage, pack, update, sync; returns the step's metrics."""
         options, ledger = self.config.grpo, self.ledger
-        prompts = self.prompts.next(self.config.rollout.prompts_per_step)
-        self.rollouts, self._interrupted = self._interrupted, []
-        if [r.prompt for r in self.rollouts] != prompts:
-            with ledger("rollout"):
-                mine = self.generate(prompts, self.sampling, seed=self.done)
-            with ledger("reward"):
-                mine = score_rollouts(mine, self.config.rewards, extra=self._extra_rewards)
-            with ledger("gather"):
-                self.rollouts = self.gather(mine)
-                self._keep(step_file(self.config.run.folder, self.done + 1), self.rollouts)
+        metrics = self.sample()
         with ledger("pack"):
             updates = [self.prepare(p) for p in split(self.rollouts, options.updates_per_batch)]
         if len(updates) > 1:
@@ -135,7 +138,7 @@ class GRPO:
         if options.beta > 0:
             with ledger("ref log-probs"), self.policy.reference():
                 updates = [self.with_logps(u, "ref_logps") for u in updates]
-        metrics = rollout_metrics(self.rollouts)
+        metrics |= rollout_metrics(self.rollouts)
         with ledger("update"):
             for update in updates:
                 metrics |= update.waste
@@ -147,12 +150,30 @@ class GRPO:
                     replay=self.config.experts.replay == "old_policy",
                 )
         self._check_mismatch(metrics["max_mismatch"])
+        metrics |= self._to_generator("weights")
         with ledger("sync"):
-            self.sync()
+            metrics |= sync_metrics(self.sync(), self.sync_plan)
         self.done += 1
         return metrics | {"lr": self.policy.lr, "weight_version": float(self.policy.version)}
 
     # -- parts of a step --------------------------------------------------------------------
+
+    def sample(self) -> dict[str, float]:
+        """The step's graded rollouts of all replicas: sampled, or what a killed process left."""
+        prompts = self.prompts.next(self.config.rollout.prompts_per_step)
+        self.rollouts, self._interrupted = self._interrupted, []
+        if [r.prompt for r in self.rollouts] == prompts:
+            return self._to_trainer()
+        metrics = self._to_generator("kv_cache")
+        with self.ledger("rollout"):
+            mine = self.generate(prompts, self.sampling, seed=self.done)
+        metrics |= self._to_trainer()
+        with self.ledger("reward"):
+            mine = score_rollouts(mine, self.config.rewards, extra=self._extra_rewards)
+        with self.ledger("gather"):
+            self.rollouts = self.gather(mine)
+            self._keep(step_file(self.config.run.folder, self.done + 1), self.rollouts)
+        return metrics
 
     def generate(self, prompts: list, sampling: Sampling, *, seed: int) -> list[Rollout]:
         """This engine's share of `prompts`, sampled; `seed` counts calls within the run."""
@@ -221,11 +242,41 @@ class GRPO:
                 f"train.mismatch_limit is {limit:.0e}: the generator's weights or numerics differ"
             )
 
-    def sync(self):
-        """The policy's weights into the generator, audited; returns the `SyncReport`."""
-        return self.generator.sync(
-            watch.each(self.policy.export()), hf_shapes(self.policy.hf), self.policy.version
+    def sync(self) -> SyncReport:
+        """The policy's weights into the generator, audited.
+
+        Raises:
+            Disagreement: a rank would move other tensors or another version, or did not come.
+            SyncError: weights did not arrive whole.
+        """
+        version, plan = self.policy.version, self.sync_plan
+        agree(
+            "weight sync",
+            f"version {version}, plan {plan.fingerprint[:16]}",
+            # an answer before the phase's own deadline ends the process
+            deadline_s=self.config.run.deadline_s / 2,
         )
+        return self.generator.sync(
+            self.policy.export_buckets(plan), hf_shapes(self.policy.hf), version
+        )
+
+    def _to_trainer(self) -> dict[str, float]:
+        """The GPU's memory to the trainer: the generator sleeps, the optimizer is back."""
+        with self.ledger("sleep"):
+            report = self.generator.sleep()
+            self.policy.host_copies.back()
+        if report is None:
+            return {}
+        return {"sleep_freed_bytes": report.freed, "sleep_host_bytes": report.host}
+
+    def _to_generator(self, tag: str) -> dict[str, float]:
+        """The GPU's memory to the generator: optimizer out, then `tag` of the engine awake."""
+        freed = host = 0
+        with self.ledger("wake"):
+            if self._offloads:
+                freed, host = self.policy.host_copies.out()
+            self.generator.wake(tag)
+        return {"offload_freed_bytes": freed, "offload_host_bytes": host} if freed else {}
 
     # -- around the steps -------------------------------------------------------------------
 
@@ -242,6 +293,7 @@ class GRPO:
             top_p=options.top_p,
             logps=False,
         )
+        self._to_generator("kv_cache")
         with self.ledger("evaluate"):
             mine = self.generate(self.held_out, sampling, seed=2**31 + self.done)
             mine = score_rollouts(mine, {"accuracy": 1.0, "format": 0.0})
@@ -395,6 +447,16 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     if "accuracy" in names:
         metrics["pass_rate"] = metrics["reward/accuracy"]
     return metrics
+
+
+def sync_metrics(report: SyncReport, plan: SyncPlan) -> dict[str, float]:
+    """Bytes, speed and planned peak of one weight sync."""
+    return {
+        "sync_seconds": report.seconds,
+        "sync_bytes": float(report.bytes),
+        "sync_gb_per_s": report.bytes / report.seconds / 1e9,
+        "sync_peak_bytes": float(plan.peak_bytes),
+    }
 
 
 def mean(values: list[float]) -> float:

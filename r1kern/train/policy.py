@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from r1kern.model import balance
 from r1kern.model.attention_kernel import Facts, choose_kernel
 from r1kern.model.carry import export_whole
 from r1kern.model.core_attention import Packing
+from r1kern.model.export import Named, export_buckets, export_weights
 from r1kern.model.export_dtype import ExportDtype
 from r1kern.model.flops import attention_head_dim
 from r1kern.model.gpt import build_model
@@ -37,11 +38,12 @@ from r1kern.model.import_hf import import_weights
 from r1kern.model.layout import stage_layers
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.mtp import mtp_loss
-from r1kern.model.names import local_tensors
+from r1kern.model.names import hf_shapes, hf_splits, local_tensors, shared_name
 from r1kern.model.recompute import recompute_fields
 from r1kern.model.replay import Choices, agreement, playing, recording
-from r1kern.model.weights import export_weights
+from r1kern.model.sync_plan import SyncPlan, plan_sync
 from r1kern.train import adam
+from r1kern.train.host_copies import HostCopies
 from r1kern.train.host_optimizer import get_host_optimizer
 from r1kern.types import PackedBatch
 
@@ -106,13 +108,14 @@ class Policy:
                 f"model.mtp_coef={model.mtp_coef} but {model.path}/config.json has no "
                 f"multi-token-prediction layers (num_nextn_predict_layers): set model.mtp_coef=0"
             )
+        self.layers = stage_layers(self.hf.num_hidden_layers, parallel)
         self.config = to_megatron_config(
             self.hf,
             tp=parallel.tp,
             ep=parallel.ep,
             pp=parallel.pp,
             dtype=DTYPES[model.dtype],
-            layers=stage_layers(self.hf.num_hidden_layers, parallel),
+            layers=self.layers,
             mtp=model.mtp_coef > 0,
             **recompute_fields(list(recompute)),
             # Gradients are sums already: nothing may divide them by a count of tokens.
@@ -145,6 +148,7 @@ class Policy:
         )
         self.ddp.broadcast_params()  # random initialisation must not differ between replicas
         self.optimizer = self._build_optimizer(optim, DTYPES[model.dtype])
+        self.host_copies = HostCopies(self.ddp, self.optimizer)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -250,6 +254,7 @@ class Policy:
             FloatingPointError: the loss or the gradient is not finite; in the first case the
                 weights are untouched.
         """
+        assert not self.host_copies.is_out, "gradients and optimizer are in host memory"
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
@@ -372,17 +377,48 @@ class Policy:
 
     # -- weights ----------------------------------------------------------------------------
 
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors by Hugging Face name, without multi-token prediction, for the generator.
+    def sync_plan(self, bucket_mib: int = 1024, names: Collection[str] | None = None) -> SyncPlan:
+        """How whole weights travel to every rank, in buckets of at most `bucket_mib`.
 
-        See `weights.export_weights`.
+        Args:
+            names: of the tensors; without multi-token prediction by default, as the generator
+                wants them.
         """
-        return export_weights(self.model, self.hf)
+        shapes = hf_shapes(self.hf, mtp=True)
+        shapes = {name: shapes[name] for name in names or hf_shapes(self.hf)}
+        return plan_sync(
+            shapes,
+            hf_splits(shapes),
+            dtype=self.config.params_dtype,
+            tp=self.world.tp,
+            ep=self.world.ep,
+            layers=self.layers,
+            experts=self.config.num_moe_experts or 0,
+            bucket_bytes=bucket_mib << 20,
+            copies={name: shared_name(name) for name in shapes if shared_name(name) != name},
+        )
+
+    def export_buckets(self, plan: SyncPlan) -> Iterator[Named]:
+        """Whole tensors in buckets, to be let go of one by one; see `export.export_buckets`."""
+        return export_buckets(self.model, plan)
+
+    def export(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors by Hugging Face name, without multi-token prediction unless named.
+
+        See `export.export_weights`.
+        """
+        return export_weights(self.model, self.sync_plan(names=names))
 
     def export_whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """`export` with multi-token prediction; see `carry.export_whole`."""
-        source = HFReader(self.source, self.hf) if self.options.init == "load" else None
-        return export_whole(self.model, self.hf, source, is_writer=self.world.is_main)
+        return export_whole(
+            self.export,
+            self.hf,
+            HFReader(self.source, self.hf) if self.options.init == "load" else None,
+            mtp_is_trained=bool(self.config.mtp_num_layers),
+            dtype=self.config.params_dtype,
+            is_writer=self.world.is_main,
+        )
 
     def save_hf(self, folder, dtype: ExportDtype | None = None) -> None:
         """Write a folder that transformers and vLLM load, in `dtype` or the model's; collective."""

@@ -65,7 +65,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load(generator: Generator, folder: Path, version: int) -> sync.SyncReport:
-    return generator.sync(iter(weights(folder).items()), shapes(folder), version)
+    return generator.sync([weights(folder).items()], shapes(folder), version)
 
 
 def tokens_and_logps(rollouts) -> list:
@@ -178,7 +178,7 @@ def sampling_scenario(root: Path) -> dict:
 
     complete = weights(root / "a").items()
     partial = ((n, t) for n, t in complete if n != "model.layers.1.mlp.experts.3.up_proj.weight")
-    out["left out"] = error_of(generator.sync, partial, shapes(root / "a"), 6)
+    out["left out"] = error_of(generator.sync, [partial], shapes(root / "a"), 6)
     out["after a failure"] = generator.version
     return out
 
