@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import os
 import random
@@ -16,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from r1kern import nccl
+from r1kern.agreement import agree, shared_store
 from r1kern.errors import UserError
 from r1kern.watch import Heartbeat
 
 PATIENCE_S = 30.0  # without a sign of life from a rank
 
 _heartbeat: Heartbeat | None = None
-_agreements = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def start(
         )
         _watch_each_other(rank, size, deadline_s)
     if config is not None:
-        agree("the options", config)
+        agree("the options", config, deadline_s=deadline_s)
     _build_groups(tp, ep, pp, deadline_s)
     seed_all(seed)
     from megatron.core import parallel_state as mpu
@@ -183,66 +181,10 @@ def _meet(timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"start{start}", store)
 
 
-def _store() -> dist.Store:
-    return dist.PrefixStore("r1kern", dist.distributed_c10d._get_default_store())
-
-
 def _watch_each_other(rank: int, size: int, deadline_s: float) -> None:
     global _heartbeat
     if size > 1:
-        _heartbeat = Heartbeat(_store(), rank, size, patience_s=min(PATIENCE_S, deadline_s))
-
-
-def agree(name: str, value: dict) -> None:
-    """Fail on every rank unless all of them hold the same `value`; collective, through the store.
-
-    Args:
-        name: what it is, for the message.
-        value: JSON values by name, nested.
-
-    Raises:
-        UserError: names the ranks that differ from rank 0 and the first keys in which they do.
-    """
-    if dist.get_world_size() == 1:
-        return
-    store, rank = _store(), dist.get_rank()
-    key = f"agree/{next(_agreements)}"
-    store.set(f"{key}/{rank}", json.dumps(value))
-    if rank == 0:
-        others = store.multi_get([f"{key}/{r}" for r in range(dist.get_world_size())])
-        store.set(f"{key}/verdict", _differences(name, [json.loads(o) for o in others]))
-    verdict = store.get(f"{key}/verdict").decode()
-    if verdict:
-        raise UserError(verdict)
-
-
-def _differences(name: str, values: list[dict]) -> str:
-    first = _flat(values[0])
-    different = {r: _flat(v) for r, v in enumerate(values) if _flat(v) != first}
-    if not different:
-        return ""
-    rank, other = next(iter(different.items()))
-    keys = [k for k in {**first, **other} if first.get(k) != other.get(k)]
-    shown = "; ".join(
-        f"{key} is {other.get(key)} on rank {rank} and {first.get(key)} on rank 0"
-        for key in keys[:3]
-    )
-    more = f"; {len(keys) - 3} more" if len(keys) > 3 else ""
-    ranks = f"rank{'s' * (len(different) > 1)} {', '.join(map(str, different))}"
-    return (
-        f"{name} of {ranks} and of rank 0 differ: {shown}{more}. Start all ranks with the same "
-        f"files, overrides and versions"
-    )
-
-
-def _flat(value: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = inner
-    return flat
+        _heartbeat = Heartbeat(shared_store(), rank, size, patience_s=min(PATIENCE_S, deadline_s))
 
 
 def shutdown() -> None:

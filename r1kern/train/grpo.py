@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from r1kern import ops, watch
+from r1kern.agreement import agree
 from r1kern.config import GRPO as Options
 from r1kern.config import TrainConfig
 from r1kern.data.dataset import load_prompts
@@ -25,7 +26,6 @@ from r1kern.data.stream import Stream
 from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
 from r1kern.eval.heldout import summarise
-from r1kern.generate.agree import agree
 from r1kern.generate.engine import Generator, Sampling
 from r1kern.generate.sync import SyncReport
 from r1kern.model.names import hf_shapes
@@ -252,12 +252,12 @@ class GRPO:
         version, plan = self.policy.version, self.sync_plan
         agree(
             "weight sync",
-            f"version {version}, plan {plan.fingerprint[:16]}",
+            {"version": version, "plan": plan.fingerprint[:16]},
             # an answer before the phase's own deadline ends the process
             deadline_s=self.config.run.deadline_s / 2,
         )
         return self.generator.sync(
-            self.policy.export_buckets(plan), hf_shapes(self.policy.hf), version
+            map(watch.each, self.policy.export_buckets(plan)), hf_shapes(self.policy.hf), version
         )
 
     def _to_trainer(self) -> dict[str, float]:

@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from r1kern.agreement import agree
 from r1kern.config import SFTConfig, TrainConfig, dump_config
-from r1kern.distributed import World, agree
+from r1kern.distributed import World
 from r1kern.errors import Interrupted, UserError
 from r1kern.report.device import Meter
 from r1kern.report.ledger import Ledger
@@ -141,6 +142,7 @@ def _checkpoint(trainer: Trainer, checkpoints: Checkpoints, done: int, *, last: 
     """Save when it is time to; otherwise see to the save in flight."""
     if last or _due(done, trainer.config.train.save_every):
         with trainer.ledger("save"):
+            trainer.policy.host_copies.back()
             checkpoints.save(trainer.policy, done, trainer.state())
             if last:
                 checkpoints.finish()
@@ -151,7 +153,7 @@ def _checkpoint(trainer: Trainer, checkpoints: Checkpoints, done: int, *, last: 
 
 def _begin(trainer: Trainer, folder: Path, checkpoints: Checkpoints, resume: bool) -> int:
     """Claim the folder; the number of steps already done."""
-    agree("the training data", trainer.state())
+    agree("the training data", trainer.state(), deadline_s=trainer.config.run.deadline_s)
     latest = checkpoints.latest()
     if latest is not None and not (resume or _restarted(trainer, folder)):
         raise UserError(

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from workers.generate import build, error_of, prompts
 
 from r1kern import distributed
+from r1kern.agreement import Disagreement, agree
 from r1kern.generate import Sampling, sleep
-from r1kern.generate.agree import Disagreement, agree
 from r1kern.types import Sequence
 
 UPDATED = {"lr": 1e-2, "eps": 1e-2}
@@ -198,7 +198,7 @@ def agreements() -> dict:
     """Ranks with one value, with different ones, and one that never comes."""
     rank = dist.get_rank()
     for _ in range(3):
-        agree("equal", "a", 20)
+        agree("equal", {"a": 1}, deadline_s=20)
     out = {"different": caught("different", f"v{rank}"), "after": caught("different", "v")}
     if rank != 1:
         out["absent"] = caught("absent", "v", 1.0)
@@ -208,7 +208,7 @@ def agreements() -> dict:
 
 def caught(what: str, value: str, deadline_s: float = 20) -> str:
     try:
-        agree(what, value, deadline_s)
+        agree(what, {"v": value}, deadline_s=deadline_s)
     except Disagreement as error:
         return str(error)
     return "agreed"
