@@ -127,8 +127,10 @@ def test_updates_do_not_depend_on_the_layout(results, model):
     for layout, result in results[model].items():
         assert result["logps"] == pytest.approx(one["logps"], rel=1e-6), layout
         for mine, theirs in zip(result["updates"], one["updates"], strict=True):
+            # losses are sums of terms of order 1 that cancel in part
             for name in ("loss", "grad_norm", "entropy", "max_logp"):
-                assert mine[name] == pytest.approx(theirs[name], rel=3e-6), (layout, name)
+                wanted = pytest.approx(theirs[name], rel=3e-6, abs=3e-6)
+                assert mine[name] == wanted, (layout, name)
         assert result["weights"].keys() == one["weights"].keys()
         for name, weight in one["weights"].items():
             error = (result["weights"][name] - weight).norm() / (weight.norm() + 1e-9)

@@ -149,9 +149,12 @@ def receive(
 
 
 def tied_parameters(model: torch.nn.Module) -> set[str]:
-    """Second names of parameters that have two: of a head that is the embedding."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return names - {name for name, _ in model.named_parameters()}
+    """Weights of heads that are the embedding's, by their second name."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    first_names = {name for name, _ in model.named_parameters()}
+    heads = (n for n, module in model.named_modules() if isinstance(module, ParallelLMHead))
+    return {f"{name}.weight" for name in heads} - first_names
 
 
 def _watch_and_settle(model: torch.nn.Module, audit: SentAudit, buckets) -> Iterator:
@@ -209,7 +212,7 @@ def check_received(
         model: vLLM's model between `load_weights` and `finalize_layerwise_reload`.
         parameters: names of the parameters that a checkpoint fills.
         loaded: the names that its loader says it loaded.
-        tied: second names of parameters, which come under their first.
+        tied: second names of heads' weights, which come under their first.
     Raises:
         SyncError: parameters never or only partly written.
     """

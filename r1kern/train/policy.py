@@ -27,6 +27,7 @@ from r1kern.model import balance
 from r1kern.model.attention_kernel import Facts, choose_kernel
 from r1kern.model.carry import export_whole
 from r1kern.model.core_attention import Packing
+from r1kern.model.dense_hf import refuse_moe_options
 from r1kern.model.export import Named, export_buckets, export_weights
 from r1kern.model.export_dtype import ExportDtype
 from r1kern.model.flops import attention_head_dim
@@ -103,6 +104,7 @@ class Policy:
         self.source = model.path
         self.hf = read_hf_config(model.path)
         check_layout(self.hf, parallel, world.size)
+        refuse_moe_options(self.hf, model, experts)
         if model.mtp_coef and not self.hf.num_nextn_predict_layers:
             raise UserError(
                 f"model.mtp_coef={model.mtp_coef} but {model.path}/config.json has no "
