@@ -96,7 +96,7 @@ def _start(options):
     import torch
 
     from r1kern import __version__, distributed
-    from r1kern.model.hf_config import check_layout, read_hf_config
+    from r1kern.hf.config import check_layout, read_hf_config
 
     parallel = options.parallel
     hf = read_hf_config(options.model.path)
@@ -192,8 +192,8 @@ def convert(
     """Copy a model in another dtype, a tensor at a time; run it again to go on after a kill."""
     from typing import get_args
 
-    from r1kern.convert import convert as run_convert
-    from r1kern.model.export_dtype import ExportDtype
+    from r1kern.hf.convert import convert as run_convert
+    from r1kern.hf.dtype import ExportDtype
 
     if dtype not in get_args(ExportDtype):
         raise UserError(f"--dtype {dtype} is none of {', '.join(get_args(ExportDtype))}")

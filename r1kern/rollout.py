@@ -36,7 +36,7 @@ def sample_and_grade(
     Raises:
         UserError: the model or the data cannot be read.
     """
-    from r1kern.model.hf_config import read_hf_config
+    from r1kern.hf.config import read_hf_config
 
     hf = read_hf_config(model)
     tokenizer = load_tokenizer(model)

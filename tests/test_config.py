@@ -8,8 +8,8 @@ from tiny_model import tiny_config
 
 from r1kern.config import Parallel, SFTConfig, TrainConfig, dump_config, load_config, parse_config
 from r1kern.errors import UserError
-from r1kern.model.hf_config import check_layout
-from r1kern.model.layout import stage_layers
+from r1kern.hf.config import check_layout
+from r1kern.hf.layout import stage_layers
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from r1kern.config import Experts, Model, Parallel
 from r1kern.errors import UserError
-from r1kern.model.dense_hf import refuse_moe_options
-from r1kern.model.hf_config import check_layout, read_hf_config
+from r1kern.hf.config import check_layout, read_hf_config
+from r1kern.hf.dense import refuse_moe_options
 from r1kern.types import Sequence
 
 WORKER = TESTS / "workers" / "layouts.py"

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from r1kern import cli
-from r1kern.model.fp8_blocks import dequantize, is_quantised, quantize, scale_shape
+from r1kern.hf.fp8_blocks import dequantize, is_quantised, quantize, scale_shape
 from r1kern.types import Sequence
 
 LAYOUTS = ["2,1,1", "1,2,1", "1,1,2"]
@@ -282,7 +282,7 @@ def test_convert(files, tmp_path, capfd):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from r1kern import convert
+from r1kern.hf import convert
 write, left = convert.write_safetensors, [2]
 def write_or_die(*arguments):
     if not left[0]:
@@ -321,7 +321,7 @@ def test_full_disk(files, tmp_path, capfd):
     assert cli.run(command) == 0
 
     from r1kern.errors import UserError
-    from r1kern.model.hf_writer import write_model_folder
+    from r1kern.hf.writer import write_model_folder
 
     def export(seen):
         for name, tensor in values.items():
@@ -526,7 +526,7 @@ def test_bad_input(case, files, tmp_path, capfd):
 
 def test_written_files_are_aligned(tmp_path):
     """Odd sizes of FP8 before wider types: every tensor starts where its type can be mapped."""
-    from r1kern.model.hf_writer import write_safetensors
+    from r1kern.hf.writer import write_safetensors
 
     tensors = {
         "a": torch.ones(3, 7).to(torch.float8_e4m3fn),

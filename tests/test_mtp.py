@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_model import write_tiny_model, write_tiny_mtp_model
 from transformers import DeepseekV3ForCausalLM
 
-from r1kern.model.hf_config import read_hf_config
+from r1kern.hf.config import read_hf_config
 from r1kern.types import Sequence
 
 LAYERS, DEPTHS, COEF = 3, 2, 0.3  # 3 layers on 2 stages: an uneven split

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen2Config
 
 from r1kern import _C
 from r1kern.errors import UserError
-from r1kern.model.flops import ModelFlops, sequence_flops
+from r1kern.hf.flops import ModelFlops, sequence_flops
 from r1kern.train.packing import balance, imbalance, pack, plan_batches
 from r1kern.types import Sequence
 

@@ -180,7 +180,7 @@ def test_routing_bias_stays_float32():
 
 
 def test_671b_is_planned_in_seconds(started):
-    from r1kern.model.names import hf_shapes, hf_splits
+    from r1kern.hf.names import hf_shapes, hf_splits
 
     shapes = hf_shapes(DeepseekV3Config())
     start = time.perf_counter()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from r1kern.errors import UserError
-from r1kern.model.fp8_blocks import SCALE, is_quantised, quantize, scale_shape
+from r1kern.hf.fp8_blocks import SCALE, is_quantised, quantize, scale_shape
 
 QUANTIZATION = {
     "quant_method": "fp8",

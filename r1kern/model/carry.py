@@ -8,8 +8,8 @@ from itertools import chain
 import torch
 from transformers import PretrainedConfig
 
-from r1kern.model.hf_reader import Cut, HFReader
-from r1kern.model.names import hf_shapes, shared_name
+from r1kern.hf.names import hf_shapes, shared_name
+from r1kern.hf.reader import Cut, HFReader
 
 
 def export_whole(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from r1kern.model.gpt import DeepSeekV3
-from r1kern.model.names import local_tensors
+from r1kern.model.local import local_tensors
 from r1kern.model.sync_plan import Bucket, Item, SyncPlan
 
 Named = list[tuple[str, torch.Tensor]]

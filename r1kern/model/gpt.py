@@ -117,7 +117,7 @@ def build_model(
     """This rank's pipeline stage, initialised from torch's random state.
 
     Args:
-        config: from `hf_config.to_megatron_config`.
+        config: from `megatron_config.to_megatron_config`.
         vocab_size: rows of the embedding and of the head; must divide by the TP size.
         max_positions: longest sequence.
         with_transformer_engine: take its attention, norms and linears.

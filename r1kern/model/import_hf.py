@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state as mpu
 
+from r1kern.hf.reader import Cut, HFReader
 from r1kern.model.gpt import DeepSeekV3
-from r1kern.model.hf_reader import Cut, HFReader
-from r1kern.model.names import local_tensors
+from r1kern.model.local import local_tensors
 
 
 @torch.no_grad()

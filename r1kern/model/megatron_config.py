@@ -8,9 +8,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from transformers import PretrainedConfig
 
 from r1kern.config import Parallel
+from r1kern.hf.dense import dense_fields, is_dense
+from r1kern.hf.layout import megatron_layout, stage_layers
 from r1kern.model.dense import DenseConfig
-from r1kern.model.dense_hf import dense_fields, is_dense
-from r1kern.model.layout import megatron_layout, stage_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

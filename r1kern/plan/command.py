@@ -29,7 +29,7 @@ def run(
     Args:
         options: of `make.make_plan`.
     """
-    from r1kern.model.hf_config import read_hf_config
+    from r1kern.hf.config import read_hf_config
 
     logging.getLogger("megatron").setLevel(logging.ERROR)  # notes on each layer's classes
     with warnings.catch_warnings():

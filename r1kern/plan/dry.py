@@ -191,7 +191,7 @@ def layer_kinds(hf) -> list[str]:
 
 def _stage(hf, layout: Layout, dtype, stage: int) -> Stage:
     with fake_world(layout, stage * layout.world // layout.pp):
-        from r1kern.model.names import local_tensors
+        from r1kern.model.local import local_tensors
 
         model = build_stage(hf, layout, dtype)
         trained = dict(model.named_parameters())

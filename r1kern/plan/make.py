@@ -96,7 +96,7 @@ def make_plan(
     Raises:
         UserError: a layout that cannot work, unknown hardware, or a model that cannot be read.
     """
-    from r1kern.model.hf_config import read_hf_config
+    from r1kern.hf.config import read_hf_config
 
     if hardware not in HARDWARE:
         raise UserError(f"--hardware {hardware} is unknown: use one of {', '.join(HARDWARE)}")

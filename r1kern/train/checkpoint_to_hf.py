@@ -11,7 +11,7 @@ from megatron.core import parallel_state as mpu
 from r1kern.config import Optim, Parallel, SFTConfig, TrainConfig, load_config
 from r1kern.distributed import World
 from r1kern.errors import UserError
-from r1kern.model.export_dtype import ExportDtype
+from r1kern.hf.dtype import ExportDtype
 from r1kern.train.checkpoint import FAILURES, refuse_unsafe_pickle
 from r1kern.train.policy import Policy
 

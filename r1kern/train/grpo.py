@@ -28,7 +28,7 @@ from r1kern.distributed import World
 from r1kern.eval.heldout import summarise
 from r1kern.generate.engine import Generator, Sampling
 from r1kern.generate.sync import SyncReport
-from r1kern.model.names import hf_shapes
+from r1kern.hf.names import hf_shapes
 from r1kern.model.replay import Choices
 from r1kern.model.sync_plan import SyncPlan
 from r1kern.report.ledger import Ledger

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from r1kern import _C
 from r1kern.errors import UserError
-from r1kern.model.flops import ModelFlops
+from r1kern.hf.flops import ModelFlops
 from r1kern.types import PackedBatch, Sequence
 
 

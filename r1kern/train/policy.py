@@ -23,23 +23,24 @@ from r1kern import ops
 from r1kern.config import Experts, Model, Optim, Parallel, RecomputedPart
 from r1kern.distributed import World
 from r1kern.errors import UserError
+from r1kern.hf.config import check_layout, read_hf_config
+from r1kern.hf.dense import refuse_moe_options
+from r1kern.hf.dtype import ExportDtype
+from r1kern.hf.flops import attention_head_dim
+from r1kern.hf.layout import stage_layers
+from r1kern.hf.names import hf_shapes, hf_splits, shared_name
+from r1kern.hf.reader import HFReader
+from r1kern.hf.writer import write_model_folder
 from r1kern.model import balance
 from r1kern.model.attention_kernel import Facts, choose_kernel
 from r1kern.model.carry import export_whole
 from r1kern.model.core_attention import Packing
-from r1kern.model.dense_hf import refuse_moe_options
 from r1kern.model.export import Named, export_buckets, export_weights
-from r1kern.model.export_dtype import ExportDtype
-from r1kern.model.flops import attention_head_dim
 from r1kern.model.gpt import build_model
-from r1kern.model.hf_config import check_layout, read_hf_config
-from r1kern.model.hf_reader import HFReader
-from r1kern.model.hf_writer import write_model_folder
 from r1kern.model.import_hf import import_weights
-from r1kern.model.layout import stage_layers
+from r1kern.model.local import local_tensors
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.mtp import mtp_loss
-from r1kern.model.names import hf_shapes, hf_splits, local_tensors, shared_name
 from r1kern.model.recompute import recompute_fields
 from r1kern.model.replay import Choices, agreement, playing, recording
 from r1kern.model.sync_plan import SyncPlan, plan_sync

@@ -94,7 +94,7 @@ def reinforce(world, folder: Path, overrides: list[str]) -> dict:
 
 def without_remedy(trainer, folder: Path) -> float:
     """Mismatch after a sync that leaves tied heads as they were packed, of a halved embedding."""
-    from r1kern.model.names import local_tensors
+    from r1kern.model.local import local_tensors
 
     for name, tensor, _ in local_tensors(trainer.policy.model):
         if name == "embedding.word_embeddings.weight":

@@ -32,7 +32,7 @@ def check(world, folder: str, expected: dict, out: Path, layout: str) -> None:
     from megatron.core import parallel_state as mpu
 
     from r1kern.config import Model, Optim, Parallel
-    from r1kern.model.names import local_tensors
+    from r1kern.model.local import local_tensors
     from r1kern.train.policy import Policy
 
     parallel = Parallel(tp=world.tp, ep=world.ep, pp=world.pp)

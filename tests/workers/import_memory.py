@@ -23,9 +23,9 @@ def memory(field: str) -> int:
 
 def main(folder: str) -> None:
     distributed.start()
+    from r1kern.hf.config import read_hf_config
+    from r1kern.hf.reader import HFReader
     from r1kern.model.gpt import build_model
-    from r1kern.model.hf_config import read_hf_config
-    from r1kern.model.hf_reader import HFReader
     from r1kern.model.import_hf import import_weights
     from r1kern.model.megatron_config import to_megatron_config
 

@@ -97,17 +97,16 @@ def column_parallel_down():
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-    from r1kern.model import gpt, names
+    from r1kern.hf import names
+    from r1kern.model import gpt
 
     sharded = {
-        name: (hf, 0)
-        for name, (hf, _) in names._LAYER.items()
-        if name.endswith("_down_proj.weight")
+        name: (hf, 0) for name, (hf, _) in names.LAYER.items() if name.endswith("_down_proj.weight")
     }
     with (
         patch.object(gpt, "DuplicatedLinear", ColumnParallelLinear),
         patch.object(gpt, "MLASelfAttention", MLASelfAttention),
-        patch.dict(names._LAYER, sharded),
+        patch.dict(names.LAYER, sharded),
     ):
         yield
 

@@ -80,7 +80,7 @@ def export(policy, plan, truth: dict[str, torch.Tensor]) -> dict:
     for name, tensor in policy.export():
         same = tensor.dtype == truth[name].dtype and torch.equal(tensor, truth[name])
         wrong += [] if same else [name]
-    from r1kern.model.names import hf_shapes
+    from r1kern.hf.names import hf_shapes
 
     return {
         "wrong": wrong,
@@ -162,7 +162,7 @@ def layout(model: str, sizes: tuple[int, int, int], generator, bucket_kib: int) 
     tp, ep, pp = sizes
     world = distributed.start(tp=tp, ep=ep, pp=pp, seed=0)
     from r1kern.config import Model, Optim, Parallel
-    from r1kern.model.names import hf_shapes, hf_splits
+    from r1kern.hf.names import hf_shapes, hf_splits
     from r1kern.model.sync_plan import plan_sync
     from r1kern.train.policy import Policy
 

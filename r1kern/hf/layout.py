@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from itertools import accumulate
-from typing import TYPE_CHECKING
-
 from r1kern.config import Parallel
-
-if TYPE_CHECKING:  # layouts are checked before Megatron may be loaded
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def stage_layers(num_layers: int, parallel: Parallel) -> list[int]:
@@ -44,15 +37,3 @@ def megatron_layout(layers: list[int], mtp_layers: int) -> list[list[str]]:
     stages[0].insert(0, "embedding")
     stages[-1] += ["mtp"] * mtp_layers + ["loss"]
     return stages
-
-
-def stage_of(layer: int, config: TransformerConfig) -> int:
-    """The pipeline stage of a layer, counted from 0; those behind the last are on the last stage.
-
-    Args:
-        config: of the model, with a `pipeline_model_parallel_layout`.
-    """
-    stages = range(config.pipeline_model_parallel_size)
-    layout = config.pipeline_model_parallel_layout
-    ends = list(accumulate(layout.get_num_layers_to_build(pp_rank=stage) for stage in stages))
-    return min(bisect_right(ends, layer), stages[-1])

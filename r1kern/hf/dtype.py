@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from r1kern.errors import UserError
-from r1kern.model.fp8_blocks import BLOCK, SCALE, is_quantised, quantize
+from r1kern.hf.fp8_blocks import BLOCK, SCALE, is_quantised, quantize
 
 ExportDtype = Literal["bf16", "fp32", "fp8"]
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from r1kern.errors import UserError
-from r1kern.model.fp8_blocks import BLOCK
+from r1kern.hf.fp8_blocks import BLOCK
 
 _COMMON = (
     "hidden_size",

@@ -7,18 +7,13 @@ held whole; experts lie whole on one expert-parallel rank.  `Slot` says which.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from transformers import PretrainedConfig
 
-from r1kern.model.dense_hf import LAYER as _DENSE_LAYER
-from r1kern.model.dense_hf import dense_shapes, is_dense
-
-if TYPE_CHECKING:
-    from r1kern.model.gpt import DeepSeekV3
+from r1kern.hf.dense import LAYER as DENSE_LAYER
+from r1kern.hf.dense import dense_shapes, is_dense
 
 
 @dataclass(frozen=True)
@@ -34,13 +29,13 @@ class Slot:
     split: int | None
 
 
-_OUTSIDE = {
+OUTSIDE = {
     "embedding.word_embeddings.weight": Slot(("model.embed_tokens.weight",), 0),
     "decoder.final_layernorm.weight": Slot(("model.norm.weight",), None),
     "output_layer.weight": Slot(("lm_head.weight",), 0),
 }
 
-_LAYER = {
+LAYER = {
     "input_layernorm.weight": (("input_layernorm.weight",), None),
     "self_attention.linear_q_proj.weight": (("self_attn.q_proj.weight",), 0),
     "self_attention.linear_q_down_proj.weight": (("self_attn.q_a_proj.weight",), None),
@@ -60,22 +55,22 @@ _LAYER = {
         0,
     ),
     "mlp.shared_experts.linear_fc2.weight": (("mlp.shared_experts.down_proj.weight",), 1),
-    **_DENSE_LAYER,
+    **DENSE_LAYER,
 }
 
-_MTP = {
+MTP = {
     "enorm.weight": (("enorm.weight",), None),
     "hnorm.weight": (("hnorm.weight",), None),
     "eh_proj.weight": (("eh_proj.weight",), 0),
     "final_layernorm.weight": (("shared_head.norm.weight",), None),
 }
 
-_SHARED = {
+SHARED = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
 }
 
-_EXPERT = {
+EXPERT = {
     "mlp.experts.linear_fc1.weight": ("gate_proj.weight", "up_proj.weight"),
     "mlp.experts.linear_fc2.weight": ("down_proj.weight",),
 }
@@ -123,7 +118,7 @@ def hf_shapes(hf: PretrainedConfig, *, mtp: bool = False) -> dict[str, tuple[int
     for i in range(hf.num_hidden_layers + depths):
         layer = f"model.layers.{i}."
         if i >= hf.num_hidden_layers:
-            shapes |= {f"{layer}{n}": (hf.vocab_size, hidden) for n in _SHARED}
+            shapes |= {f"{layer}{n}": (hf.vocab_size, hidden) for n in SHARED}
             shapes |= {f"{layer}{n}.weight": (hidden,) for n in ("enorm", "hnorm")}
             shapes[f"{layer}eh_proj.weight"] = (hidden, 2 * hidden)
             shapes[f"{layer}shared_head.norm.weight"] = (hidden,)
@@ -150,13 +145,13 @@ def shared_name(name: str) -> str:
     once: on import the copies are not read, on export they are what the model has.
     """
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    return _SHARED.get(rest, name) if layer.isdigit() else name
+    return SHARED.get(rest, name) if layer.isdigit() else name
 
 
 def hf_splits(names: Iterable[str]) -> dict[str, int | None]:
     """Dimension in which tensor parallelism cuts each tensor; None for one that it does not."""
-    by_stem = {stem: split for stems, split in (_LAYER | _MTP).values() for stem in stems}
-    outside = {slot.names[0]: slot.split for slot in _OUTSIDE.values()}
+    by_stem = {stem: split for stems, split in (LAYER | MTP).values() for stem in stems}
+    outside = {slot.names[0]: slot.split for slot in OUTSIDE.values()}
     splits = {}
     for name in names:
         source = shared_name(name)
@@ -166,35 +161,3 @@ def hf_splits(names: Iterable[str]) -> dict[str, int | None]:
         else:
             splits[name] = None if stem.startswith("mlp.experts.") else by_stem[stem]
     return splits
-
-
-def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]:
-    """Every weight of this rank: Megatron name, tensor (views of the parameters), slot."""
-    # Here, so that files are judged and converted without Megatron.
-    from megatron.core import parallel_state as mpu
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    first_layer = get_transformer_layer_offset(model.config)
-    experts = (model.config.num_moe_experts or 0) // mpu.get_expert_model_parallel_world_size()
-    first_expert = mpu.get_expert_model_parallel_rank() * experts
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.endswith("_extra_state"):
-            continue  # Megatron's (None) and Transformer Engine's (bytes as a tensor)
-        if name in _OUTSIDE:
-            # The last pipeline stage holds a copy of an embedding that is the head too.
-            tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
-            held = "embedding.word_embeddings.weight" if tied else name
-            yield name, tensor.data, _OUTSIDE[held]
-            continue
-        block, _, index, rest = name.split(".", 3)  # decoder.layers.0.… or mtp.layers.0.…
-        first = model.config.num_layers if block == "mtp" else first_layer
-        layer = f"model.layers.{int(index) + first}."
-        rest = rest.removeprefix("transformer_layer.")
-        stem = rest.rstrip("0123456789")
-        if stem in _EXPERT:
-            expert = first_expert + int(rest[len(stem) :])
-            names = tuple(f"{layer}mlp.experts.{expert}.{n}" for n in _EXPERT[stem])
-            yield name, tensor.data, Slot(names, None)
-        else:
-            names, split = (_LAYER | _MTP)[rest]
-            yield name, tensor.data, Slot(tuple(layer + n for n in names), split)

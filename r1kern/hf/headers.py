@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from r1kern.errors import UserError
-from r1kern.model.fp8_blocks import SCALE, scale_shape
-from r1kern.model.names import hf_shapes
+from r1kern.hf.fp8_blocks import SCALE, scale_shape
+from r1kern.hf.names import hf_shapes
 
 INDEX = "model.safetensors.index.json"
 FP8 = "F8_E4M3"
@@ -125,32 +124,21 @@ def check(folder: str | Path, stored: dict[str, Stored], hf: PretrainedConfig) -
 
 
 def _against_config(stored: dict[str, Stored], hf: PretrainedConfig) -> Iterator[str]:
-    wanted = hf_shapes(hf)
-    strange = [
-        name
-        for name in stored
-        if name.removesuffix(SCALE) not in wanted and not _is_mtp(name.removesuffix(SCALE), hf)
-    ]
+    wanted, known = hf_shapes(hf), hf_shapes(hf, mtp=True)
+    strange = [name for name in stored if name.removesuffix(SCALE) not in known]
     for name in strange:
         yield (
             f"'{name}' in {stored[name].file} is no tensor of a {hf.model_type} model with "
             f"{hf.num_hidden_layers} layers: take the config.json that belongs to these weights"
         )
-    for name, shape in wanted.items():
-        if name not in stored:
+    for name, shape in known.items():
+        if name not in stored and name in wanted:
             yield f"'{name}' {list(shape)} is in no file: download the folder again"
-        elif stored[name].shape != shape:
+        elif name in stored and stored[name].shape != shape:
             yield (
                 f"'{name}' in {stored[name].file} is {list(stored[name].shape)}, config.json "
                 f"asks for {list(shape)}: take the config.json that belongs to these weights"
             )
-
-
-def _is_mtp(name: str, hf: PretrainedConfig) -> bool:
-    """Multi-token-prediction layers follow the model's own, e.g. layer 61 of DeepSeek-V3."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    first, count = hf.num_hidden_layers, getattr(hf, "num_nextn_predict_layers", 0)
-    return layer is not None and first <= int(layer[1]) < first + count
 
 
 def _dtypes(stored: dict[str, Stored]) -> Iterator[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from r1kern.errors import UserError
-from r1kern.model.export_dtype import ExportDtype, describe, encode
-from r1kern.model.hf_headers import INDEX
+from r1kern.hf.dtype import ExportDtype, describe, encode
+from r1kern.hf.headers import INDEX
 
 # dtype -> safetensors' name of it
 _CODES = {

@@ -10,9 +10,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from r1kern.config import Parallel
 from r1kern.errors import UserError
-from r1kern.model.config_json import check_config_json
-from r1kern.model.dense_hf import MODEL_TYPES, check_supported, is_dense
-from r1kern.model.layout import stage_layers
+from r1kern.hf.config_json import check_config_json
+from r1kern.hf.dense import MODEL_TYPES, check_supported, is_dense
+from r1kern.hf.layout import stage_layers
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:

@@ -24,12 +24,12 @@ from rich.progress import (
 )
 
 from r1kern.errors import UserError
-from r1kern.model.export_dtype import ExportDtype, encode, stored_dtype
-from r1kern.model.fp8_blocks import SCALE, scale_shape
-from r1kern.model.hf_config import read_hf_config
-from r1kern.model.hf_headers import FP8
-from r1kern.model.hf_reader import Cut, HFReader, Shard
-from r1kern.model.hf_writer import (
+from r1kern.hf.config import read_hf_config
+from r1kern.hf.dtype import ExportDtype, encode, stored_dtype
+from r1kern.hf.fp8_blocks import SCALE, scale_shape
+from r1kern.hf.headers import FP8
+from r1kern.hf.reader import Cut, HFReader, Shard
+from r1kern.hf.writer import (
     Spec,
     nbytes,
     publish,

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
-from r1kern.model.fp8_blocks import SCALE, dequantize
-from r1kern.model.hf_headers import FP8, check, read_headers
+from r1kern.hf.fp8_blocks import SCALE, dequantize
+from r1kern.hf.headers import FP8, check, read_headers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class HFReader:
             before the first byte of data is read.
 
     Raises:
-        UserError: see `hf_headers.read_headers` and `hf_headers.check`.
+        UserError: see `headers.read_headers` and `headers.check`.
     """
 
     def __init__(self, folder: str | Path, hf: PretrainedConfig):
