@@ -36,7 +36,7 @@ def group(totals, *, failures=(), lengths=None, finish="stop") -> Rollout:
 
 
 def test_advantages_are_standardised_within_each_group():
-    from r1kern.train.grpo import to_sequences
+    from r1kern.train.objective import to_sequences
 
     found = to_sequences([group([1, 0, 0, 1]), group([2, 2, 2])], Options())
     assert [round(s.advantage, 4) for s in found] == [1, -1, -1, 1, 0, 0, 0]
@@ -44,7 +44,8 @@ def test_advantages_are_standardised_within_each_group():
 
 
 def test_a_failed_grader_is_left_out_of_the_group_and_of_the_mean():
-    from r1kern.train.grpo import rollout_metrics, to_sequences
+    from r1kern.train.objective import to_sequences
+    from r1kern.train.step_metrics import rollout_metrics
 
     rollouts = [group([1, 0, 0], failures=[2])]
     assert [round(s.advantage, 4) for s in to_sequences(rollouts, Options())] == [1, -1]
@@ -54,7 +55,7 @@ def test_a_failed_grader_is_left_out_of_the_group_and_of_the_mean():
 
 
 def test_truncated_completions_can_be_left_out():
-    from r1kern.train.grpo import to_sequences
+    from r1kern.train.objective import to_sequences
 
     rollouts = [group([1, 0], finish="length")]
     assert to_sequences(rollouts, Options(drop_truncated=True)) == []
@@ -63,7 +64,7 @@ def test_truncated_completions_can_be_left_out():
 
 def head_of(targets, logps_of, V=64):
     """Hidden states that are the logits themselves, with the log-probs asked for."""
-    from r1kern.train.policy import Head
+    from r1kern.train.head import Head
 
     p = torch.tensor([logps_of[t] for t in targets.tolist()]).exp()[:, None]
     logits = ((1 - p) / (V - 1)).log().expand(-1, V).scatter(1, targets[:, None], p.log())
@@ -72,7 +73,7 @@ def head_of(targets, logps_of, V=64):
 
 def packed_loss(options, sequences, micro_batches, logps_of):
     """The step's loss over `micro_batches` cuts, and its gradient by token's log-prob."""
-    from r1kern.train.grpo import counts, grpo_step_loss
+    from r1kern.train.objective import counts, grpo_step_loss
     from r1kern.train.packing import pack
 
     total, metrics, gradients = 0.0, {}, {}
@@ -132,7 +133,7 @@ def test_the_first_update_is_plain_policy_gradient():
 def test_advantages_match_the_public_op():
     rewards = torch.tensor([1.0, 0.0, 0.5, 3.0, 1.0])
     ids = torch.tensor([0, 0, 0, 1, 1])
-    from r1kern.train.grpo import to_sequences
+    from r1kern.train.objective import to_sequences
 
     found = to_sequences([group([1, 0, 0.5]), group([3, 1])], Options())
     expected = ops.group_advantage(rewards, ids)

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from r1kern import ops, watch
+from r1kern import watch
 from r1kern.agreement import agree
-from r1kern.config import GRPO as Options
 from r1kern.config import TrainConfig
 from r1kern.data.dataset import load_prompts
 from r1kern.data.stream import Stream
@@ -30,13 +28,15 @@ from r1kern.generate.engine import Generator, Sampling
 from r1kern.generate.sync import SyncReport
 from r1kern.hf.names import hf_shapes
 from r1kern.model.replay import Choices
-from r1kern.model.sync_plan import SyncPlan
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import read_rollouts, step_file, write_rollouts
 from r1kern.rewards.score import Reward, score_rollouts
+from r1kern.train.head import Loss
+from r1kern.train.objective import counts, grpo_step_loss, split, to_sequences
 from r1kern.train.packing import plan_batches
-from r1kern.train.policy import Head, Loss, Policy
-from r1kern.types import PackedBatch, Rollout, Sequence
+from r1kern.train.policy import Policy
+from r1kern.train.step_metrics import rollout_metrics, sync_metrics
+from r1kern.types import PackedBatch, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -345,119 +345,3 @@ class GRPO:
                 read = [rollouts]
         dist.broadcast_object_list(read)
         return read[0]
-
-
-def to_sequences(rollouts: list[Rollout], options: Options) -> list[Sequence]:
-    """Completions with their group-relative advantage, equation (3).
-
-    A completion whose grader failed is left out, of its group's mean too.
-    """
-    kept = [
-        (group, rollout.prompt, completion, score.total)
-        for group, rollout in enumerate(rollouts)
-        for completion, score in zip(rollout.completions, rollout.scores, strict=True)
-        if score.failure is None
-    ]
-    advantages = ops.group_advantage(
-        torch.tensor([k[3] for k in kept], dtype=torch.float32),
-        torch.tensor([k[0] for k in kept], dtype=torch.int64),
-        std=options.advantage_std,
-    )
-    return [
-        Sequence(prompt.ids, completion.ids, advantage, completion.logps)
-        for (_, prompt, completion, _), advantage in zip(kept, advantages.tolist(), strict=True)
-        if not (options.drop_truncated and completion.finish == "length")
-    ]
-
-
-def counts(sequences: list[Sequence]) -> dict[str, int]:
-    """The global denominators of a batch of sequences."""
-    return {
-        "num_sequences": len(sequences),
-        "num_tokens": sum(len(s.completion_ids) for s in sequences),
-    }
-
-
-def split(rollouts: list[Rollout], parts: int) -> list[list[Rollout]]:
-    """Equal runs of whole groups, one for each update."""
-    size = len(rollouts) // parts
-    return [rollouts[i * size : (i + 1) * size] for i in range(parts)]
-
-
-def grpo_step_loss(
-    head: Head,
-    batch: PackedBatch,
-    *,
-    options: Options,
-    denominators: dict[str, int],
-    trained_tokens: int,
-    max_tokens: int,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The fused head and loss on a packed micro-batch, with the mismatch metrics.
-
-    Args:
-        denominators: `counts` of the global batch.
-        trained_tokens: completion tokens of the sequences that were packed, over which the metrics
-            are means.
-        max_tokens: completion budget, the constant of `normalizer="constant"`.
-    """
-    by_token = options.ratio == "token"
-    fused = ops.linear_grpo_loss if by_token else ops.linear_gspo_loss
-    own = {"entropy_coef": options.entropy_coef} if by_token else {"ratio": options.ratio}
-    loss, metrics = fused(
-        head.hidden,
-        head.weight,
-        head.targets,
-        batch.flat(batch.old_logps),
-        batch.flat(batch.ref_logps),
-        batch.advantages,
-        batch.sequence_ids,
-        sampled_logp=batch.flat(batch.sampled_logps),
-        importance_cap=options.importance_cap,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        beta=options.beta,
-        kl=options.kl,
-        normalizer=options.normalizer,
-        max_tokens=max_tokens,
-        **own,
-        **head.options,
-        **denominators,
-    )
-    scale = denominators["num_tokens"] / max(1, trained_tokens)
-    means = {k: v * scale for k, v in metrics.items() if not k.startswith("max_")}
-    return loss, metrics | means
-
-
-def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Rewards by term, pass rate, lengths and counts of one step's rollouts."""
-    scored = [pair for r in rollouts for pair in zip(r.completions, r.scores, strict=True)]
-    graded = [s for _, s in scored if s.failure is None]
-    names = {name for s in graded for name in s.terms}
-    flat = sum(len({s.total for s in r.scores if s.failure is None}) < 2 for r in rollouts)
-    metrics = {
-        "reward": mean([s.total for s in graded]),
-        **{f"reward/{n}": mean([s.terms[n] for s in graded]) for n in sorted(names)},
-        "response_length": mean([len(c.ids) for c, _ in scored]),
-        "truncated": mean([c.finish == "length" for c, _ in scored]),
-        "zero_variance_groups": flat / len(rollouts),
-        "grader_failures": float(len(scored) - len(graded)),
-        "tokens": float(sum(len(c.ids) for c, _ in scored)),
-    }
-    if "accuracy" in names:
-        metrics["pass_rate"] = metrics["reward/accuracy"]
-    return metrics
-
-
-def sync_metrics(report: SyncReport, plan: SyncPlan) -> dict[str, float]:
-    """Bytes, speed and planned peak of one weight sync."""
-    return {
-        "sync_seconds": report.seconds,
-        "sync_bytes": float(report.bytes),
-        "sync_gb_per_s": report.bytes / report.seconds / 1e9,
-        "sync_peak_bytes": float(plan.peak_bytes),
-    }
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,11 +14,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from r1kern import ops
 from r1kern.config import Experts, Model, Optim, Parallel, RecomputedPart
 from r1kern.distributed import World
 from r1kern.errors import UserError
@@ -44,34 +40,10 @@ from r1kern.model.mtp import mtp_loss
 from r1kern.model.recompute import recompute_fields
 from r1kern.model.replay import Choices, agreement, playing, recording
 from r1kern.model.sync_plan import SyncPlan, plan_sync
-from r1kern.train import adam
+from r1kern.train.head import Head, Loss
 from r1kern.train.host_copies import HostCopies
-from r1kern.train.host_optimizer import get_host_optimizer
+from r1kern.train.optimizer import build_optimizer, build_scheduler
 from r1kern.types import PackedBatch
-
-
-@dataclass(frozen=True)
-class Head:
-    """What the head's ops take: everything between the last hidden states and a log-prob.
-
-    Attributes:
-        hidden: [N, H], rows that predict the N completion tokens of a micro-batch.
-        weight: [V / tp, H], this rank's rows of the language-model head.
-        targets: int64 [N].
-        options: temperature and tp_group.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    targets: torch.Tensor
-    options: dict
-
-    def logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies [N]."""
-        return ops.linear_logprob(self.hidden, self.weight, self.targets, **self.options)
-
-
-Loss = Callable[[Head, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class Policy:
@@ -150,43 +122,11 @@ class Policy:
             self.model,
         )
         self.ddp.broadcast_params()  # random initialisation must not differ between replicas
-        self.optimizer = self._build_optimizer(optim, DTYPES[model.dtype])
+        self.optimizer = build_optimizer(optim, self.config.params_dtype, self.ddp)
+        self.scheduler = build_scheduler(optim, self.optimizer, total_updates)
         self.host_copies = HostCopies(self.ddp, self.optimizer)
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=optim.lr,
-            min_lr=optim.min_lr,
-            lr_warmup_steps=optim.warmup_steps,
-            lr_decay_steps=max(total_updates, optim.warmup_steps + 1),
-            lr_decay_style=optim.schedule,
-            start_wd=optim.weight_decay,
-            end_wd=optim.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
         self.version = 0  # optimizer updates so far
         self._reference: list[torch.Tensor] | None = None
-
-    def _build_optimizer(self, optim: Optim, dtype: torch.dtype):
-        adam.install()
-        build = get_host_optimizer if optim.offload else get_megatron_optimizer
-        return build(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                min_lr=optim.min_lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.beta1,
-                adam_beta2=optim.beta2,
-                adam_eps=optim.eps,
-                clip_grad=optim.clip_grad,
-                bf16=dtype == torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=True,
-            ),
-            [self.ddp],
-        )
 
     # -- log-probabilities ------------------------------------------------------------------
 

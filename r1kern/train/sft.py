@@ -12,8 +12,9 @@ from r1kern.data.stream import Stream
 from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
 from r1kern.report.ledger import Ledger
+from r1kern.train.head import Head
 from r1kern.train.packing import plan_batches
-from r1kern.train.policy import Head, Policy
+from r1kern.train.policy import Policy
 from r1kern.types import PackedBatch
 
 

@@ -54,7 +54,7 @@ def batch() -> list[Sequence]:
 def run(world, model: Path, budget: int) -> list[dict[str, float]]:
     """Metrics of two updates on one batch: plain first, then with the reference model's KL."""
     from r1kern.config import GRPO, Model, Optim, Parallel
-    from r1kern.train.grpo import counts, grpo_step_loss
+    from r1kern.train.objective import counts, grpo_step_loss
     from r1kern.train.packing import pack
     from r1kern.train.policy import Policy
 
