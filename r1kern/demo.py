@@ -11,6 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+
 import r1kern
 from r1kern.config import SFTConfig, TrainConfig, load_config
 from r1kern.data.cold_start import write_cold_start
@@ -63,7 +65,7 @@ def run_demo(folder: Path, *, seed: int = 0, fresh: bool = False) -> int:
         fresh: remove what an earlier demo left in `folder`.
     """
     started = time.monotonic()
-    processes = min(2, len(os.sched_getaffinity(0)))
+    processes = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "cold_start.jsonl").is_file():
