@@ -125,6 +125,10 @@ def write_published(folder: Path, *, fp8: bool, shards: int = 5, seed: int = 0) 
             stored[name], stored[name + "_scale_inv"] = quantise(tensor.bfloat16())
         else:
             stored[name] = tensor.bfloat16()
+    for name in stored:  # the MTP layer repeats embedding and head
+        if name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
+            copied = "model.embed_tokens" if ".embed_tokens." in name else "lm_head"
+            stored[name] = stored[f"{copied}.weight"].clone()
     files = {name: i * shards // len(stored) for i, name in enumerate(stored)}
     for name in stored:
         if name.endswith("o_proj.weight_scale_inv"):
