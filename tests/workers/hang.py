@@ -11,7 +11,7 @@ from r1kern.watch import deadline
 
 world = distributed.start(record_folder=sys.argv[1])
 dist.all_reduce(torch.ones(3))
-with deadline("the phase that hangs", 1.0 + world.rank):
+with deadline("the phase that hangs", 3.0 + 3.0 * world.rank):
     if world.rank == 1:
         time.sleep(60)
     dist.all_reduce(torch.ones(5))
