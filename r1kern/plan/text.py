@@ -20,9 +20,10 @@ def show(plan: Plan, found: list[Found], console: Console) -> None:
         found: from `layouts.nearest`, empty when the plan fits.
     """
     p = plan.layout
+    mtp = "with" if plan.shapes.depths else "without"
     console.print(
-        f"[bold]{plan.parameters:,}[/] parameters (multi-token prediction and routing biases left "
-        f"out), {p.world} x {plan.gpu.name}, {p}, experts DP{p.expert_dp}; "
+        f"[bold]{plan.parameters:,}[/] parameters ({mtp} multi-token prediction, routing biases "
+        f"left out), {p.world} x {plan.gpu.name}, {p}, experts DP{p.expert_dp}; "
         f"{plan.microbatches} micro-batches of {plan.config.train.tokens_per_microbatch} rows an "
         f"update; mean prompt {plan.lengths.prompt:.0f}, completion {plan.lengths.response:.0f}, "
         f"at most {plan.lengths.budget} tokens"
@@ -74,17 +75,18 @@ def _memory(plan: Plan) -> Table:
 
 def _host(plan: Plan) -> Table:
     worst = max(plan.host, key=lambda parts: sum(parts.values()))
-    table = _table(
-        f"GiB of host memory of a node, of {plan.gpu.host_memory / GiB:.0f}", *worst, "all"
-    )
-    table.add_row(*(f"{v / GiB:.0f}" for v in worst.values()), f"{sum(worst.values()) / GiB:.0f}")
+    table = _table("GiB of a node's host", "", "GiB")
+    for component, value in worst.items():
+        if value:
+            table.add_row(component, f"{value / GiB:.0f}")
+    table.add_row(f"all of {plan.gpu.host_memory / GiB:.0f}", f"{sum(worst.values()) / GiB:.0f}")
     return table
 
 
 def _work(plan: Plan) -> Table:
-    work = plan.step_work()
+    work = plan.step_work()  # of the stage that does most
     table = _table(
-        "A micro-batch forward and backward, stage with most work",
+        "A micro-batch forward and backward",
         "what",
         "ranks",
         "calls",
@@ -110,9 +112,11 @@ def _work(plan: Plan) -> Table:
 
 
 def _seconds(plan: Plan) -> Table:
-    table = _table("Seconds of a step, modelled", *(k for k in plan.seconds), "step, modelled")
-    total = sum(plan.seconds.values())
-    table.add_row(*(f"{v:.1f}" for v in plan.seconds.values()), f"{total:.1f}")
+    table = _table("Seconds of a step, modelled", "phase", "s, modelled")
+    for phase, seconds in plan.seconds.items():
+        if seconds:
+            table.add_row(phase, f"{seconds:.1f}")
+    table.add_row("step", f"{sum(plan.seconds.values()):.1f}")
     return table
 
 
