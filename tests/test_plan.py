@@ -91,7 +91,7 @@ def test_every_config_fits_with_exact_parameters_in_a_minute_and_4_gb(plans, ite
 
 
 @pytest.mark.parametrize(
-    "folder, start",
+    ("folder", "start"),
     [
         ("deepseek_v3", "r1"),
         ("moonlight_16b_a3b", "moonlight"),
@@ -265,6 +265,8 @@ def test_mistakes_are_one_line(capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     for arguments, words in (
         (["--hardware", "a100"], ["a100", "h200"]),
+        (["--world=-8", "--prompt=0"], ["--world -8", "--prompt 0"]),
+        (["--response=40000"], ["rollout.max_tokens = 31744"]),
         (["--world", "100"], ["tp*pp=128", "world size 100", "parallel.world_size=256"]),
         (["parallel.tp=3", "parallel.ep=7"], ["tp=3", "(try 2)", "ep=7", "(try 4)"]),
         (["model.path=configs"], ["configs/config.json", "model.path"]),

@@ -106,10 +106,19 @@ def make_plan(
         device: "cuda", or "cpu" for the memory of a run on the CPU.
 
     Raises:
-        UserError: a layout that cannot work, unknown hardware, or a model that cannot be read.
+        UserError: a layout that cannot work, unknown hardware, lengths that cannot be, or a model
+            that cannot be read.
     """
     if hardware not in HARDWARE:
         raise UserError(f"--hardware {hardware} is unknown: use one of {', '.join(HARDWARE)}")
+    sizes = {"world": world, "prompt": prompt_tokens, "response": response_tokens}
+    if bad := [f"--{name} {n:g}" for name, n in sizes.items() if n is not None and n <= 0]:
+        raise UserError(f"{', '.join(bad)} must be more than 0")
+    if (response_tokens or 0) > config.rollout.max_tokens:
+        raise UserError(
+            f"--response {response_tokens:g} exceeds rollout.max_tokens = "
+            f"{config.rollout.max_tokens}: lower it or raise the budget"
+        )
     machine = Machine(HARDWARE[hardware], Assumptions())
     hf = model_as_built(config)
     layout = _layout(config, hf, world)

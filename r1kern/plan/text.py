@@ -86,7 +86,7 @@ def _host(plan: Plan) -> Table:
 def _work(plan: Plan) -> Table:
     work = plan.step_work()  # of the stage that does most
     table = _table(
-        "A micro-batch forward and backward",
+        "A micro-batch on the busiest stage, both ways",
         "what",
         "ranks",
         "calls",
