@@ -143,10 +143,20 @@ def _verdict(plan: Plan, found: list[Found], console: Console) -> None:
 REMEDIES = {
     "rollout": "raise parallel.generator_tp, set generator.fp8 or lower generator.kv_cache_gib",
     "log-probs": "lower train.tokens_per_microbatch or raise parallel.tp",
-    "update": "set optim.offload or train.recompute=[full], or lower train.tokens_per_microbatch",
-    "optimizer step": "set optim.offload, or raise parallel.pp or parallel.ep",
+    "update": "lower train.tokens_per_microbatch, or raise parallel.tp or parallel.pp",
+    "optimizer step": "raise parallel.pp or parallel.ep",
     "sync": "raise parallel.generator_tp or lower generator.sync_bucket_mib",
 }
+
+
+def _remedy(phase: str, plan: Plan) -> str:
+    """What can be done, options that are set already left out."""
+    options = []
+    if phase in ("update", "optimizer step") and not plan.config.optim.offload:
+        options.append("optim.offload=true")
+    if phase == "update" and "full" not in plan.config.train.recompute:
+        options.append("train.recompute=[full]")
+    return (f"set {' or '.join(options)}, or " if options else "") + REMEDIES[phase]
 
 
 def does_not_fit(plan: Plan) -> list[str]:
@@ -157,7 +167,7 @@ def does_not_fit(plan: Plan) -> list[str]:
         if need > limit:
             lines.append(
                 f"{phase} needs {need / GiB:.1f} of {limit / GiB:.1f} GiB on stage {-stage}: "
-                f"{REMEDIES[phase]}"
+                f"{_remedy(phase, plan)}"
             )
     if plan.host_peak > plan.gpu.host_memory:
         lines.append(
