@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from r1kern.config import Parallel
+from r1kern.config import Model, Parallel
 from r1kern.errors import UserError
 from r1kern.hf.config_json import check_config_json
 from r1kern.hf.dense import MODEL_TYPES, check_supported, is_dense
@@ -45,6 +45,19 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     if is_dense(config):
         check_supported(config)
     return config
+
+
+def check_mtp(hf: PretrainedConfig, model: Model) -> None:
+    """Refuse a loss of multi-token prediction for a model without.
+
+    Raises:
+        UserError: one line.
+    """
+    if model.mtp_coef and not hf.num_nextn_predict_layers:
+        raise UserError(
+            f"model.mtp_coef={model.mtp_coef} but {model.path}/config.json has no "
+            f"multi-token-prediction layers (num_nextn_predict_layers): set model.mtp_coef=0"
+        )
 
 
 def check_layout(hf: PretrainedConfig, parallel: Parallel, world_size: int) -> None:

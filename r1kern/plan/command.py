@@ -12,7 +12,7 @@ from rich.console import Console
 from r1kern.config import TrainConfig
 from r1kern.plan import picture as pictures
 from r1kern.plan.layouts import nearest
-from r1kern.plan.make import Plan, as_json, make_plan
+from r1kern.plan.make import Plan, as_json, make_plan, model_as_built
 from r1kern.plan.text import does_not_fit, show
 
 
@@ -29,13 +29,11 @@ def run(
     Args:
         options: of `make.make_plan`.
     """
-    from r1kern.hf.config import read_hf_config
-
     logging.getLogger("megatron").setLevel(logging.ERROR)  # notes on each layer's classes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = make_plan(config, **options)
-        found = [] if plan.fits else nearest(plan, read_hf_config(config.model.path))
+        found = [] if plan.fits else nearest(plan, model_as_built(config))
     show(plan, found, console or Console())
     if json_file is not None:
         data = as_json(plan) | {

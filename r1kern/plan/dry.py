@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from r1kern import ops
 from r1kern.config import RecomputedPart
 from r1kern.errors import UserError
+from r1kern.model.recompute import recompute_fields
 from r1kern.plan.random_state import without_random_states
 from r1kern.plan.trace import SavedBytes, Trace, Work
 
@@ -101,6 +102,10 @@ class Cost:
             self.backward + self.forward,
         )
 
+    def in_updates_only(self) -> Cost:
+        """The same piece when passes without gradient leave it out."""
+        return replace(self, forward_peak=0, forward=Work(), backward=self.forward + self.backward)
+
 
 @contextmanager
 def fake_world(layout: Layout, rank: int):
@@ -140,31 +145,26 @@ def fake_world(layout: Layout, rank: int):
 
 
 def build_stage(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, **overrides):
-    """This rank's pipeline stage; call it within `fake_world`."""
+    """This rank's pipeline stage, with what the configuration has of multi-token prediction.
+
+    Call it within `fake_world`.
+    """
     from r1kern.model.gpt import build_model
     from r1kern.model.megatron_config import to_megatron_config
 
-    overrides = {"pipeline_model_parallel_layout": _stages(layout), **overrides}
     config = to_megatron_config(
         hf,
         tp=layout.tp,
         ep=layout.ep,
         pp=layout.pp,
         dtype=dtype,
+        layers=list(layout.layers),
+        mtp=True,
         perform_initialization=False,
         **overrides,
     )
     positions = hf.max_position_embeddings
     return build_model(config, vocab_size=hf.vocab_size, max_positions=positions)
-
-
-def _stages(layout: Layout) -> str | None:
-    """Megatron's notation of the layers of each pipeline stage."""
-    if layout.pp == 1:
-        return None
-    stages = ["t" * n for n in layout.layers]
-    stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
-    return "|".join(stages)
 
 
 def stage_parameters(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> list[Stage]:
@@ -199,13 +199,14 @@ def _stage(hf, layout: Layout, dtype, stage: int) -> Stage:
         expert = {name for name, p in trained.items() if not getattr(p, "allreduce", True)}
         copies = {
             name: layout.ep if name in expert else 1 if split[name] is None else layout.tp
-            for name in trained
+            for name, p in trained.items()
+            if not getattr(p, "shared", False)  # else a copy of the first stage's embedding
         }
         return Stage(
             layers=len(model.decoder.layers),
             dense=sum(p.numel() for name, p in trained.items() if name not in expert),
             expert=sum(trained[name].numel() for name in expert),
-            distinct=sum(p.numel() * copies[name] for name, p in trained.items()),
+            distinct=sum(trained[name].numel() * ranks for name, ranks in copies.items()),
         )
 
 
@@ -229,7 +230,8 @@ def measure(
 
     Returns:
         "embedding", "dense" and "moe" layer (those the model has), "final": the norm and the gather
-        before the head, without the head itself.
+        before the head, without the head itself, and "mtp": all multi-token-prediction layers,
+        which run in updates only, so that their forward is counted with the backward.
     """
     kinds = sorted(set(layer_kinds(hf)))
     small = copy.deepcopy(hf)
@@ -240,25 +242,35 @@ def measure(
     packing, tokens, positions = _micro_batch(rows, length)
     with fake_world(layout, 0):
         model = build_stage(small, layout, dtype, **_selective(recompute))
-        for layer, kind in zip(model.decoder.layers, kinds, strict=True):
-            if kind == "moe":
-                layer.mlp.token_dispatcher = _balanced(layer.mlp.token_dispatcher)
+        for module in list(model.modules()):
+            if hasattr(module, "token_dispatcher"):
+                module.token_dispatcher = _balanced(module.token_dispatcher)
         pieces = {"embedding": model.embedding, "final": model.decoder.final_layernorm}
         pieces |= dict(zip(kinds, model.decoder.layers, strict=True))
-        calls = _calls(
-            model, pieces, lambda: model(tokens, positions, None, packed_seq_params=packing)
-        )
+        calls = _calls(pieces, lambda: model(tokens, positions, None, packed_seq_params=packing))
+        norm = calls["final"]
+        calls["final"] = lambda: model._whole(norm())
+        if model.mtp_process:
+            pieces["mtp"] = model.mtp
+            calls["mtp"] = _deeper_call(model, norm, tokens, packing)
         costs = {name: _cost(piece, calls[name]) for name, piece in pieces.items()}
+        inputs = dict.fromkeys(kinds, 1) | {"mtp": 2 * hf.num_nextn_predict_layers}
         if "full" in recompute:
             kept = rows // tp * hf.hidden_size * dtype.itemsize
-            costs |= {kind: costs[kind].recomputed(kept) for kind in kinds}
+            costs |= {k: costs[k].recomputed(kept * n) for k, n in inputs.items() if k in costs}
+        if "mtp" in costs:
+            costs["mtp"] = costs["mtp"].in_updates_only()
     return costs
 
 
 def _selective(recompute) -> dict:
-    """Megatron's options for parts of a layer; "full" is the whole layer, see `recomputed`."""
-    parts = [part for part in recompute if part != "full"]
-    return dict(recompute_granularity="selective", recompute_modules=parts) if parts else {}
+    """Megatron's options for parts of a layer; "full" is the whole layer, see `recomputed`.
+
+    Raises:
+        UserError: parts that cannot be recomputed.
+    """
+    fields = recompute_fields(list(recompute))
+    return {} if "full" in recompute else fields
 
 
 def _micro_batch(rows: int, length: int):
@@ -266,19 +278,13 @@ def _micro_batch(rows: int, length: int):
 
     starts = [*range(0, rows, length), rows]
     packing = Packing.of(torch.tensor(starts, dtype=torch.int32))
+    assert packing.grids.shapes  # made here, because the host reads the lengths
     return packing, torch.zeros(1, rows, dtype=torch.int64), packing.positions[None]
 
 
-def _calls(model, pieces: dict, run) -> dict:
-    """Each piece as a function without arguments: the model's call, its hidden states a leaf.
-
-    The last piece is the final norm and all that follows it up to the head.
-    """
-    calls, last, after = {}, model._postprocess, {}
-
-    def note_last(*args, **kwargs):
-        after.update(kwargs)
-        return last(*args, **kwargs)
+def _calls(pieces: dict, run) -> dict:
+    """Each piece as a function without arguments: the model's call, its hidden states a leaf."""
+    calls = {}
 
     def noting(name, piece):
         def note(_, args, kwargs):
@@ -287,15 +293,25 @@ def _calls(model, pieces: dict, run) -> dict:
         return piece.register_forward_pre_hook(note, with_kwargs=True)
 
     hooks = [noting(name, piece) for name, piece in pieces.items()]
-    model._postprocess = note_last
     with torch.no_grad():
         run()
-    model._postprocess = last
     for hook in hooks:
         hook.remove()
-    norm = calls["final"]
-    calls["final"] = lambda: last(**{**after, "hidden_states": norm()})
     return calls
+
+
+def _deeper_call(model, norm, tokens, packing):
+    """The multi-token-prediction layers on states as `norm` returns them."""
+    with torch.no_grad():
+        leaf = norm()
+    leaf = leaf.detach().requires_grad_()
+
+    def again():
+        leaf.grad = None
+        states = model._predict_deeper(leaf, tokens, packing)
+        return torch.cat([model._whole(state) for state in states])
+
+    return again
 
 
 def _call(piece, args, kwargs):

@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
+from r1kern.config import Parallel
+from r1kern.hf.layout import stage_layers
+from r1kern.model.sync_plan import SyncPlan
 from r1kern.plan.dry import Cost, Layout, Stage
-from r1kern.plan.make import Plan, assemble, measured_costs, stage_layers
-from r1kern.plan.memory import stage_costs
+from r1kern.plan.make import Plan, assemble, measured_costs, plan_of_sync
+from r1kern.plan.memory import Shapes, stage_costs
 from r1kern.plan.steptime import Machine
 from r1kern.plan.trace import Work
 
@@ -48,7 +52,15 @@ def nearest(plan: Plan, hf, *, most: int = 3) -> list[Found]:
             if other.fits:
                 found.append(Found(other, _changes(plan, other)))
     found.sort(key=lambda f: (f.changes, sum(f.plan.seconds.values())))
-    return found[:most]
+    exact = (_with_own_sync(f, hf) for f in found)
+    return list(islice((f for f in exact if f.plan.fits), most))
+
+
+def _with_own_sync(found: Found, hf) -> Found:
+    """With the sync of its own layout: the search takes that of the config's, for speed."""
+    plan = found.plan
+    sync = plan_of_sync(plan.config, hf, plan.layout)
+    return replace(found, plan=_assembled(plan, plan.config, plan.layout, plan.costs, sync))
 
 
 def _widths(plan: Plan, hf) -> list[int]:
@@ -72,9 +84,8 @@ def _candidates(plan: Plan, hf, tp: int) -> Iterator[tuple[Layout, int]]:
     longest = plan.config.data.max_prompt_tokens + plan.config.rollout.max_tokens
     budget = plan.config.train.tokens_per_microbatch
     for pp in (n for n in range(1, min(world, layers) + 1) if world % (tp * n) == 0):
-        split = plan.layout.layers if pp == plan.layout.pp else stage_layers(layers, pp)
-        if min(split) < 1:
-            continue
+        same = pp == plan.layout.pp
+        split = plan.layout.layers if same else tuple(stage_layers(layers, Parallel(pp=pp)))
         for ep in (n for n in sizes if world % (n * pp) == 0):
             for rows in sorted({max(longest, budget // n) for n in (1, 2, 4, 8)}):
                 yield Layout(world, tp, ep, pp, split), rows
@@ -117,16 +128,20 @@ def _with_ep(costs: dict[str, Cost], ep: int, plan: Plan, rows: int) -> dict[str
 def _replanned(plan: Plan, layout: Layout, rows: int, costs: dict[str, Cost]) -> Plan:
     train = plan.config.train.model_copy(update={"tokens_per_microbatch": rows})
     config = plan.config.model_copy(update={"train": train})
+    return _assembled(plan, config, layout, costs, plan.sync)
+
+
+def _assembled(plan: Plan, config, layout: Layout, costs: dict[str, Cost], sync: SyncPlan) -> Plan:
     machine = Machine(plan.gpu, plan.assumed)
-    stages = stages_of(layout, costs, plan.shapes.dense_layers)
-    return assemble(config, layout, machine, plan.lengths, stages, costs, plan.shapes)
+    stages = stages_of(layout, costs, plan.shapes)
+    return assemble(config, layout, machine, plan.lengths, stages, costs, plan.shapes, sync)
 
 
-def stages_of(layout: Layout, costs: dict[str, Cost], dense_layers: int) -> list[Stage]:
+def stages_of(layout: Layout, costs: dict[str, Cost], shapes: Shapes) -> list[Stage]:
     """Parameters of each stage, added up from its pieces."""
     stages = []
     for i in range(layout.pp):
-        pieces = stage_costs(i, layout, dense_layers, costs)
+        pieces = stage_costs(i, layout, shapes, costs)
         stages.append(
             Stage(
                 layout.layers[i],
@@ -135,6 +150,10 @@ def stages_of(layout: Layout, costs: dict[str, Cost], dense_layers: int) -> list
                 0,
             )
         )
+    if shapes.tied and layout.pp == 1:
+        stages[-1] = replace(stages[-1], dense=stages[-1].dense - costs["head"].dense)
+    if shapes.depths and layout.pp > 1:
+        stages[-1] = replace(stages[-1], dense=stages[-1].dense + costs["embedding"].dense)
     return stages
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+import torch
+from transformers import PretrainedConfig
+
 from r1kern.config import TrainConfig
 from r1kern.errors import UserError
+from r1kern.hf.config import check_layout, check_mtp, read_hf_config
+from r1kern.hf.dense import is_dense, refuse_moe_options
+from r1kern.hf.flops import ModelFlops, attention_head_dim
+from r1kern.hf.layout import stage_layers
+from r1kern.hf.names import hf_shapes, hf_splits
+from r1kern.model.sync_plan import SyncPlan, plan_sync
 from r1kern.plan import dry, memory, steptime
 from r1kern.plan.dry import Cost, Layout, Stage
 from r1kern.plan.hardware import GPU, HARDWARE, Assumptions
@@ -22,7 +31,9 @@ class Plan:
     Attributes:
         config, layout, gpu, assumed, lengths: what was planned.
         stages: exact parameters, from the real model.
-        costs: measured on fake tensors: "embedding", "dense", "moe", "final"; "head" by formula.
+        costs: measured on fake tensors: "embedding", "dense", "moe", "final", "mtp"; "head" by
+            formula.
+        sync: how the weights travel to the generator.
         shapes: of the model.
         microbatches: of one update, on each data-parallel rank.
         phases: of each stage, bytes of a rank: phase -> component -> bytes.
@@ -38,6 +49,7 @@ class Plan:
     stages: list[Stage]
     costs: dict[str, Cost]
     shapes: Shapes
+    sync: SyncPlan
     microbatches: int
     phases: list[dict[str, dict[str, float]]]
     host: list[dict[str, float]]
@@ -72,7 +84,7 @@ class Plan:
         return max(works, key=lambda work: work.all_flops)
 
     def pieces(self, stage: int) -> list[Cost]:
-        return memory.stage_costs(stage, self.layout, self.shapes.dense_layers, self.costs)
+        return memory.stage_costs(stage, self.layout, self.shapes, self.costs)
 
 
 def make_plan(
@@ -94,14 +106,21 @@ def make_plan(
         device: "cuda", or "cpu" for the memory of a run on the CPU.
 
     Raises:
-        UserError: a layout that cannot work, unknown hardware, or a model that cannot be read.
+        UserError: a layout that cannot work, unknown hardware, lengths that cannot be, or a model
+            that cannot be read.
     """
-    from r1kern.hf.config import read_hf_config
-
     if hardware not in HARDWARE:
         raise UserError(f"--hardware {hardware} is unknown: use one of {', '.join(HARDWARE)}")
+    sizes = {"world": world, "prompt": prompt_tokens, "response": response_tokens}
+    if bad := [f"--{name} {n:g}" for name, n in sizes.items() if n is not None and n <= 0]:
+        raise UserError(f"{', '.join(bad)} must be more than 0")
+    if (response_tokens or 0) > config.rollout.max_tokens:
+        raise UserError(
+            f"--response {response_tokens:g} exceeds rollout.max_tokens = "
+            f"{config.rollout.max_tokens}: lower it or raise the budget"
+        )
     machine = Machine(HARDWARE[hardware], Assumptions())
-    hf = read_hf_config(config.model.path)
+    hf = model_as_built(config)
     layout = _layout(config, hf, world)
     longest = config.rollout.max_tokens
     lengths = Lengths(
@@ -109,9 +128,39 @@ def make_plan(
     )
     dtype = _dtype(config)
     stages = dry.stage_parameters(hf, layout, dtype)
-    shapes = model_shapes(hf, layout, stages, dtype.itemsize, config.parallel.generator_tp)
+    shapes = model_shapes(hf, dtype.itemsize, config.parallel.generator_tp)
     costs = measured_costs(config, hf, layout, shapes, lengths)
-    return assemble(config, layout, machine, lengths, stages, costs, shapes, device=device)
+    sync = plan_of_sync(config, hf, layout)
+    return assemble(config, layout, machine, lengths, stages, costs, shapes, sync, device=device)
+
+
+def model_as_built(config: TrainConfig) -> PretrainedConfig:
+    """The model's configuration, without multi-token prediction where it is not trained.
+
+    Raises:
+        UserError: it cannot be read, or lacks what the options train.
+    """
+    hf = read_hf_config(config.model.path)
+    refuse_moe_options(hf, config.model, config.experts)
+    check_mtp(hf, config.model)
+    if not config.model.mtp_coef:
+        hf.num_nextn_predict_layers = 0
+    return hf
+
+
+def plan_of_sync(config: TrainConfig, hf, layout: Layout) -> SyncPlan:
+    """As `train.policy.Policy.sync_plan`: the generator's weights to every rank."""
+    shapes = hf_shapes(hf)
+    return plan_sync(
+        shapes,
+        hf_splits(shapes),
+        dtype=_dtype(config),
+        tp=layout.tp,
+        ep=layout.ep,
+        layers=layout.layers,
+        experts=0 if is_dense(hf) else hf.n_routed_experts,
+        bucket_bytes=config.generator.sync_bucket_mib << 20,
+    )
 
 
 def assemble(
@@ -122,25 +171,25 @@ def assemble(
     stages: list[Stage],
     costs: dict[str, Cost],
     shapes: Shapes,
+    sync: SyncPlan,
     *,
     device: str = "cuda",
 ) -> Plan:
     """The arithmetic of a plan, once its pieces are measured."""
-    dense = shapes.dense_layers
-    pieces = [memory.stage_costs(s, layout, dense, costs) for s in range(layout.pp)]
+    pieces = [memory.stage_costs(s, layout, shapes, costs) for s in range(layout.pp)]
     count = memory.microbatches(config, layout, lengths.total)
     phases = [
         memory.by_phase(
             config, layout, i, stage, pieces[i], shapes, machine.assumed,
-            microbatches=count, device=device,
+            sync=sync, microbatches=count, device=device,
         )
         for i, stage in enumerate(stages)
     ]  # fmt: skip
     host = [memory.host_node(config, layout, stage, shapes, machine.assumed) for stage in stages]
-    seconds = steptime.step_seconds(config, layout, stages, pieces, shapes, lengths, machine)
+    seconds = steptime.step_seconds(config, layout, stages, pieces, shapes, sync, lengths, machine)
     return Plan(
-        config, layout, machine.gpu, machine.assumed, lengths, stages, costs, shapes, count,
-        phases, host, seconds,
+        config, layout, machine.gpu, machine.assumed, lengths, stages, costs, shapes, sync,
+        count, phases, host, seconds,
     )  # fmt: skip
 
 
@@ -161,41 +210,48 @@ def measured_costs(config, hf, layout: Layout, shapes: Shapes, lengths: Lengths)
 
 
 def head_cost(shapes: Shapes, tp: int, rows: int) -> Cost:
-    """Products of the language-model head with its loss; its memory is a component of its own."""
-    products = 2 * rows * shapes.hidden * shapes.vocab / tp
+    """Products of the language-model head with its loss; its memory is a component of its own.
+
+    Each depth of multi-token prediction passes its rows through it too, in updates only.
+    """
+    products = shapes.flops.head * rows / tp
+    deeper = 3 * products * shapes.depths
     weight = shapes.hidden * shapes.vocab // tp
-    return Cost(weight, 0, 0, 0, 0, Work(flops=products), Work(flops=2 * products))
+    return Cost(weight, 0, 0, 0, 0, Work(flops=products), Work(flops=2 * products + deeper))
 
 
-def model_shapes(hf, layout: Layout, stages: list[Stage], itemsize: int, width: int) -> Shapes:
-    """Sizes from the configuration, parameters from the stages that were built."""
-    total = sum(stage.distinct for stage in stages)
-    expert = sum(stage.expert for stage in stages) * layout.ep
-    experts = getattr(hf, "n_routed_experts", 0) or 0
-    topk = hf.num_experts_per_tok if experts else 0
-    unused = expert * (1 - topk / experts) if experts else 0
+def model_shapes(hf, itemsize: int, width: int) -> Shapes:
+    """Sizes from the configuration.
+
+    Args:
+        itemsize: bytes of a weight.
+        width: tensor-parallel ranks of the generator.
+    """
+    sizes = {name: math.prod(shape) for name, shape in hf_shapes(hf).items()}
+    experts = 0 if is_dense(hf) else hf.n_routed_experts
     return Shapes(
         hidden=hf.hidden_size,
         vocab=hf.vocab_size,
         layers=hf.num_hidden_layers,
         dense_layers=hf.first_k_dense_replace if experts else hf.num_hidden_layers,
         experts=experts,
-        topk=topk,
-        parameters=total,
-        expert_parameters=expert,
-        active=int(total - unused - hf.vocab_size * hf.hidden_size),
+        topk=hf.num_experts_per_tok if experts else 0,
+        depths=hf.num_nextn_predict_layers,
+        tied=is_dense(hf) and hf.tie_word_embeddings,
+        parameters=sum(sizes.values()),
+        expert_parameters=sum(n for name, n in sizes.items() if ".mlp.experts." in name),
+        flops=ModelFlops.of(hf),
         kv_bytes=_kv_elements(hf, width) * itemsize,
         itemsize=itemsize,
-        largest_tensor=hf.vocab_size * hf.hidden_size * itemsize,
     )
 
 
 def _kv_elements(hf, width: int) -> int:
     """Of one token on one rank of the generator; the latent is held whole by each of them."""
-    if getattr(hf, "kv_lora_rank", None):
+    if not is_dense(hf):
         return hf.num_hidden_layers * (hf.kv_lora_rank + hf.qk_rope_head_dim)
-    head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    return hf.num_hidden_layers * 2 * head * max(1, hf.num_key_value_heads // width)
+    heads = max(1, hf.num_key_value_heads // width)
+    return hf.num_hidden_layers * 2 * attention_head_dim(hf) * heads
 
 
 def _layout(config: TrainConfig, hf, world: int | None) -> Layout:
@@ -206,39 +262,12 @@ def _layout(config: TrainConfig, hf, world: int | None) -> Layout:
     """
     p = config.parallel
     world = world or p.world_size or math.lcm(p.tp * p.pp, p.ep * p.pp, p.generator_tp)
-    lines = [
-        f"{axes}={size} does not divide the world size {world}"
-        for axes, size in (
-            ("tp*pp", p.tp * p.pp),
-            ("ep*pp", p.ep * p.pp),
-            ("generator_tp", p.generator_tp),
-        )
-        if world % size
-    ]
-    layers = stage_layers(hf.num_hidden_layers, p.pp, p.layers)
-    if len(layers) != p.pp or sum(layers) != hf.num_hidden_layers:
-        lines.append(f"parallel.layers must be {p.pp} numbers that sum to {hf.num_hidden_layers}")
-    if lines:
-        raise UserError("impossible layout: " + "; ".join(lines) + ": change parallel or --world")
+    check_layout(hf, p, world)
+    layers = tuple(stage_layers(hf.num_hidden_layers, p))
     return Layout(world, p.tp, p.ep, p.pp, layers)
 
 
-def stage_layers(num_layers: int, pp: int, layers: list[int] = ()) -> tuple[int, ...]:
-    """Layers of each pipeline stage: as given, or even with the first and last lighter."""
-    if layers or pp == 1:
-        return tuple(layers) or (num_layers,)
-    if num_layers % pp == 0:
-        return (num_layers // pp,) * pp
-    share, rest = divmod(num_layers + 2, pp)
-    counts = [share + (stage < rest) for stage in range(pp)]
-    counts[0] -= 1
-    counts[-1] -= 1
-    return tuple(counts)
-
-
-def _dtype(config: TrainConfig):
-    import torch
-
+def _dtype(config: TrainConfig) -> torch.dtype:
     return getattr(torch, config.model.dtype)
 
 
@@ -256,6 +285,7 @@ def as_json(plan: Plan) -> dict:
         "bytes_per_host_node": plan.host,
         "peak_bytes": plan.peak,
         "fits": plan.fits,
+        "sync_bytes_of_a_rank": plan.sync.moved_bytes,
         "flops_per_microbatch_and_stage": {
             "products": work.flops,
             "attention": work.attention_flops,

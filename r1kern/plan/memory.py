@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 
 from r1kern.config import TrainConfig
+from r1kern.hf.flops import ModelFlops
 from r1kern.kernels.head import LOGITS_BYTES
+from r1kern.model.sync_plan import SyncPlan
 from r1kern.plan.dry import Cost, Layout, Stage
 from r1kern.plan.hardware import GPUS_PER_NODE, Assumptions
 
@@ -36,11 +38,12 @@ class Shapes:
         hidden, vocab, layers: sizes.
         dense_layers: the first layers, which have no experts.
         experts, topk: routed experts and those of a token (0 and 0 without).
-        parameters, expert_parameters: of the whole model.
-        active: parameters that a token passes through, embedding left out.
+        depths: of multi-token prediction, where it is trained.
+        tied: the head is the embedding.
+        parameters, expert_parameters: of the generator's model.
+        flops: of a forward.
         kv_bytes: key-value cache of one token in all layers, on one rank of the generator.
         itemsize: bytes of a weight.
-        largest_tensor: bytes of the largest published tensor.
     """
 
     hidden: int
@@ -49,23 +52,24 @@ class Shapes:
     dense_layers: int
     experts: int
     topk: int
+    depths: int
+    tied: bool
     parameters: int
     expert_parameters: int
-    active: int
+    flops: ModelFlops
     kv_bytes: int
     itemsize: int
-    largest_tensor: int
 
 
-def stage_costs(
-    stage: int, layout: Layout, dense_layers: int, costs: dict[str, Cost]
-) -> list[Cost]:
+def stage_costs(stage: int, layout: Layout, shapes: Shapes, costs: dict[str, Cost]) -> list[Cost]:
     """The pieces of a pipeline stage, in order."""
     first = sum(layout.layers[:stage])
     kinds = [
-        "dense" if i < dense_layers else "moe" for i in range(first, first + layout.layers[stage])
+        "dense" if i < shapes.dense_layers else "moe"
+        for i in range(first, first + layout.layers[stage])
     ]
-    pieces = ["embedding"] * (stage == 0) + kinds + ["final", "head"] * (stage == layout.pp - 1)
+    last = ["final", *["mtp"] * bool(shapes.depths), "head"]
+    pieces = ["embedding"] * (stage == 0) + kinds + last * (stage == layout.pp - 1)
     return [costs[piece] for piece in pieces]
 
 
@@ -98,7 +102,8 @@ def logits_head(shapes: Shapes, tp: int, rows: int, *, device: str, gradient: bo
     if not gradient:
         return chunk
     weight = shapes.vocab / tp * shapes.hidden
-    held = rows * shapes.hidden * shapes.itemsize * 2  # rows of completions, and their gradient
+    # Rows of completions and their gradient, at every depth of multi-token prediction.
+    held = rows * (1 + shapes.depths) * shapes.hidden * shapes.itemsize * 2
     return chunk + held + weight * (shapes.itemsize + 4)
 
 
@@ -106,12 +111,6 @@ def generator_weights(config: TrainConfig, shapes: Shapes) -> float:
     """One rank's shard of the generator's weights; FP8 blocks carry a float32 scale each."""
     itemsize = 1 + 4 / 128**2 if config.generator.fp8 else shapes.itemsize
     return shapes.parameters * itemsize / config.parallel.generator_tp
-
-
-def sync_bucket(config: TrainConfig, shapes: Shapes, tp: int) -> float:
-    """Whole tensors of one bucket, and the cuts of as many bytes that they are gathered from."""
-    bucket = max(config.generator.sync_bucket_mib * 2**20, shapes.largest_tensor)
-    return bucket * (2 if tp > 1 else 1)
 
 
 def by_phase(
@@ -123,6 +122,7 @@ def by_phase(
     shapes: Shapes,
     assumed: Assumptions,
     *,
+    sync: SyncPlan,
     microbatches: int,
     device: str = "cuda",
 ) -> dict[str, dict[str, float]]:
@@ -162,7 +162,7 @@ def by_phase(
         "sync": lent
         | {"generator weights": generator["generator weights"]}
         | ({} if asleep else {"KV cache": generator["KV cache"]})
-        | {"sync bucket": sync_bucket(config, shapes, layout.tp)},
+        | {"sync bucket": sync.peak_bytes},
     }
 
 

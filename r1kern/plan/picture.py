@@ -14,7 +14,7 @@ COLOURS = (
     "#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#b07aa1", "#edc948", "#9c755f",
     "#bab0ac",
 )  # fmt: skip
-LEFT, TOP, HEIGHT, WIDTH, LEGEND = 70, 60, 360, 560, 210
+LEFT, TOP, HEIGHT, WIDTH, LEGEND = 70, 60, 360, 560, 240
 
 
 def draw(plan: Plan, path: str | Path) -> None:
@@ -31,11 +31,9 @@ def draw(plan: Plan, path: str | Path) -> None:
         f"fullest; planned, not measured</text>",
         *_axis(top, y),
         *_bars(phases, y),
-        f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y(limit):.1f}" y2="{y(limit):.1f}" '
-        f'stroke="#c00" stroke-width="2" stroke-dasharray="6 4"/>',
-        f'<text x="{LEFT + WIDTH}" y="{y(limit) - 6:.1f}" text-anchor="end" fill="#c00">'
-        f"{escape(plan.gpu.name)}: {limit / GiB:.1f} GiB</text>",
-        *_legend(phases),
+        _limit_line(LEFT, LEFT + WIDTH, y(limit)),
+        *_totals(phases, y),
+        *_legend(phases, f"{plan.gpu.name}: {limit / GiB:.1f} GiB"),
     ]
     size = f"{LEFT + WIDTH + LEGEND} {TOP + HEIGHT + 50}"
     Path(path).write_text(
@@ -78,16 +76,32 @@ def _bars(phases, y) -> list[str]:
                     f"<title>{phase}, {component}: {value / GiB:.2f} GiB</title></rect>"
                 )
             height += value
-        middle = x + width / 2
-        bars.append(
-            f'<text x="{middle:.1f}" y="{y(height) - 5:.1f}" text-anchor="middle">'
-            f"{height / GiB:.1f}</text>"
-            f'<text x="{middle:.1f}" y="{TOP + HEIGHT + 20}" text-anchor="middle">{phase}</text>'
-        )
     return bars
 
 
-def _legend(phases) -> list[str]:
+def _totals(phases, y) -> list[str]:
+    """Sums above the bars, on white: the limit may run through them, and names below."""
+    texts, width = [], WIDTH / len(PHASES)
+    for i, phase in enumerate(PHASES):
+        middle, total = LEFT + (i + 0.5) * width, sum(phases[phase].values())
+        top = y(total)
+        texts.append(
+            f'<rect x="{middle - 18:.1f}" y="{top - 17:.1f}" width="36" height="15" fill="white"/>'
+            f'<text x="{middle:.1f}" y="{top - 5:.1f}" text-anchor="middle">'
+            f"{total / GiB:.1f}</text>"
+            f'<text x="{middle:.1f}" y="{TOP + HEIGHT + 20}" text-anchor="middle">{phase}</text>'
+        )
+    return texts
+
+
+def _limit_line(x1: float, x2: float, y: float) -> str:
+    return (
+        f'<line x1="{x1}" x2="{x2}" y1="{y:.1f}" y2="{y:.1f}" stroke="#c00" stroke-width="2" '
+        f'stroke-dasharray="6 4"/>'
+    )
+
+
+def _legend(phases, limit: str) -> list[str]:
     used = {c for parts in phases.values() for c, value in parts.items() if value}
     shown = [pair for pair in zip(COMPONENTS, COLOURS, strict=True) if pair[0] in used]
     x = LEFT + WIDTH + 20
@@ -95,4 +109,7 @@ def _legend(phases) -> list[str]:
         f'<rect x="{x}" y="{TOP + 22 * i}" width="14" height="14" fill="{colour}"/>'
         f'<text x="{x + 22}" y="{TOP + 22 * i + 12}">{component}</text>'
         for i, (component, colour) in enumerate(reversed(shown))
+    ] + [
+        _limit_line(x, x + 16, TOP + 22 * len(shown) + 15),
+        f'<text x="{x + 22}" y="{TOP + 22 * len(shown) + 19}" fill="#c00">{escape(limit)}</text>',
     ]

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from r1kern.config import TrainConfig
+from r1kern.model.sync_plan import SyncPlan
 from r1kern.plan.dry import Cost, Layout, Stage
 from r1kern.plan.hardware import GPU, GPUS_PER_NODE, Assumptions, transfer_s
 from r1kern.plan.memory import Shapes, microbatches, states
@@ -43,6 +44,7 @@ def step_seconds(
     stages: list[Stage],
     pieces: list[list[Cost]],
     shapes: Shapes,
+    sync: SyncPlan,
     lengths: Lengths,
     machine: Machine,
 ) -> dict[str, float]:
@@ -66,7 +68,7 @@ def step_seconds(
         "update": updates * (count + layout.pp - 1) * both
         + updates
         * max(_finish_s(config, layout, s, o, machine) for s, o in zip(stages, own, strict=True)),
-        "sync": sync_s(layout, shapes, machine),
+        "sync": sync_s(layout, sync, machine),
         "sleep and wake": _offload_s(config, own, machine),
     }
 
@@ -88,7 +90,7 @@ def rollout_s(
     at_once = max(1, min(sequences, config.generator.max_seqs, int(room / lengths.total)))
     waves = sequences / at_once
     step = lengths.budget / POINTS
-    seconds = _prefill_s(config, shapes, lengths.prompt * sequences, machine)
+    seconds = sequences * _prefill_s(config, shapes, lengths.prompt, machine)
     for i in range(POINTS):
         position = (i + 0.5) * step
         alive = max(1.0, at_once * survival(position, lengths))
@@ -112,10 +114,11 @@ def survival(position: float, lengths: Lengths) -> float:
 
 
 def _prefill_s(config, shapes: Shapes, tokens: float, machine: Machine) -> float:
-    """Matrix products of the prompts (no prefix cache: each completion's prompt by itself)."""
+    """Matrix products of a prompt (no prefix cache: each completion's prompt by itself)."""
     gpu, assumed = machine.gpu, machine.assumed
     peak = gpu.fp8 if config.generator.fp8 else gpu.bf16
-    return 2 * shapes.active * tokens / config.parallel.generator_tp / (peak * assumed.gemm)
+    flops = shapes.flops.sequence(math.ceil(tokens), 1)
+    return flops / config.parallel.generator_tp / (peak * assumed.gemm)
 
 
 def _decode_s(config, shapes: Shapes, batch: float, context: float, machine: Machine) -> float:
@@ -127,7 +130,8 @@ def _decode_s(config, shapes: Shapes, batch: float, context: float, machine: Mac
     weights = (shapes.parameters - shapes.expert_parameters) + touched * shapes.expert_parameters
     read = weights * itemsize / width + batch * context * shapes.kv_bytes
     peak = gpu.fp8 if config.generator.fp8 else gpu.bf16
-    compute = 2 * shapes.active * batch / width / (peak * assumed.gemm)
+    flops = shapes.flops.token + shapes.flops.head
+    compute = flops * batch / width / (peak * assumed.gemm)
     launches = shapes.layers * assumed.eager_launches * assumed.launch_s
     busy = max(
         read / (gpu.bandwidth * assumed.decode_memory),
@@ -196,13 +200,18 @@ def _pcie(machine: Machine) -> float:
 # -- between --------------------------------------------------------------------------------
 
 
-def sync_s(layout: Layout, shapes: Shapes, machine: Machine) -> float:
-    """Every rank receives every weight whole and copies its own part."""
-    size = shapes.parameters * shapes.itemsize
-    if layout.world == 1:
-        return 2 * size / machine.gpu.bandwidth
-    near = machine.gpu.nvlink if layout.world <= GPUS_PER_NODE else machine.gpu.nic
-    return size / (near * machine.assumed.links)
+def sync_s(layout: Layout, sync: SyncPlan, machine: Machine) -> float:
+    """Every rank receives every weight whole, axis after axis, and copies its own part.
+
+    Tensor- and expert-parallel ranks are neighbours, pipeline ranks are as far apart as can be.
+    """
+    gpu, reached = machine.gpu, machine.assumed.links
+    spans = {"tp": layout.tp, "ep": layout.ep, "pp": layout.world}
+    seconds = 2 * sync.total_bytes / gpu.bandwidth
+    for axis, moved in sync.moved_bytes.items():
+        link = gpu.nvlink if spans[axis] <= GPUS_PER_NODE else gpu.nic
+        seconds += moved / (link * reached)
+    return seconds
 
 
 def _offload_s(config: TrainConfig, own: list[dict], machine: Machine) -> float:

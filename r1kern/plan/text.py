@@ -20,9 +20,10 @@ def show(plan: Plan, found: list[Found], console: Console) -> None:
         found: from `layouts.nearest`, empty when the plan fits.
     """
     p = plan.layout
+    mtp = "with" if plan.shapes.depths else "without"
     console.print(
-        f"[bold]{plan.parameters:,}[/] parameters (multi-token prediction and routing biases left "
-        f"out), {p.world} x {plan.gpu.name}, {p}, experts DP{p.expert_dp}; "
+        f"[bold]{plan.parameters:,}[/] parameters ({mtp} multi-token prediction, routing biases "
+        f"left out), {p.world} x {plan.gpu.name}, {p}, experts DP{p.expert_dp}; "
         f"{plan.microbatches} micro-batches of {plan.config.train.tokens_per_microbatch} rows an "
         f"update; mean prompt {plan.lengths.prompt:.0f}, completion {plan.lengths.response:.0f}, "
         f"at most {plan.lengths.budget} tokens"
@@ -74,17 +75,18 @@ def _memory(plan: Plan) -> Table:
 
 def _host(plan: Plan) -> Table:
     worst = max(plan.host, key=lambda parts: sum(parts.values()))
-    table = _table(
-        f"GiB of host memory of a node, of {plan.gpu.host_memory / GiB:.0f}", *worst, "all"
-    )
-    table.add_row(*(f"{v / GiB:.0f}" for v in worst.values()), f"{sum(worst.values()) / GiB:.0f}")
+    table = _table("GiB of a node's host", "", "GiB")
+    for component, value in worst.items():
+        if value:
+            table.add_row(component, f"{value / GiB:.0f}")
+    table.add_row(f"all of {plan.gpu.host_memory / GiB:.0f}", f"{sum(worst.values()) / GiB:.0f}")
     return table
 
 
 def _work(plan: Plan) -> Table:
-    work = plan.step_work()
+    work = plan.step_work()  # of the stage that does most
     table = _table(
-        "A micro-batch forward and backward, stage with most work",
+        "A micro-batch on the busiest stage, both ways",
         "what",
         "ranks",
         "calls",
@@ -110,9 +112,11 @@ def _work(plan: Plan) -> Table:
 
 
 def _seconds(plan: Plan) -> Table:
-    table = _table("Seconds of a step, modelled", *(k for k in plan.seconds), "step, modelled")
-    total = sum(plan.seconds.values())
-    table.add_row(*(f"{v:.1f}" for v in plan.seconds.values()), f"{total:.1f}")
+    table = _table("Seconds of a step, modelled", "phase", "s, modelled")
+    for phase, seconds in plan.seconds.items():
+        if seconds:
+            table.add_row(phase, f"{seconds:.1f}")
+    table.add_row("step", f"{sum(plan.seconds.values()):.1f}")
     return table
 
 
@@ -139,10 +143,20 @@ def _verdict(plan: Plan, found: list[Found], console: Console) -> None:
 REMEDIES = {
     "rollout": "raise parallel.generator_tp, set generator.fp8 or lower generator.kv_cache_gib",
     "log-probs": "lower train.tokens_per_microbatch or raise parallel.tp",
-    "update": "set optim.offload or train.recompute=[full], or lower train.tokens_per_microbatch",
-    "optimizer step": "set optim.offload, or raise parallel.pp or parallel.ep",
+    "update": "lower train.tokens_per_microbatch, or raise parallel.tp or parallel.pp",
+    "optimizer step": "raise parallel.pp or parallel.ep",
     "sync": "raise parallel.generator_tp or lower generator.sync_bucket_mib",
 }
+
+
+def _remedy(phase: str, plan: Plan) -> str:
+    """What can be done, options that are set already left out."""
+    options = []
+    if phase in ("update", "optimizer step") and not plan.config.optim.offload:
+        options.append("optim.offload=true")
+    if phase == "update" and "full" not in plan.config.train.recompute:
+        options.append("train.recompute=[full]")
+    return (f"set {' or '.join(options)}, or " if options else "") + REMEDIES[phase]
 
 
 def does_not_fit(plan: Plan) -> list[str]:
@@ -153,7 +167,7 @@ def does_not_fit(plan: Plan) -> list[str]:
         if need > limit:
             lines.append(
                 f"{phase} needs {need / GiB:.1f} of {limit / GiB:.1f} GiB on stage {-stage}: "
-                f"{REMEDIES[phase]}"
+                f"{_remedy(phase, plan)}"
             )
     if plan.host_peak > plan.gpu.host_memory:
         lines.append(

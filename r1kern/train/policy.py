@@ -18,8 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1kern.config import Experts, Model, Optim, Parallel, RecomputedPart
 from r1kern.distributed import World
-from r1kern.errors import UserError
-from r1kern.hf.config import check_layout, read_hf_config
+from r1kern.hf.config import check_layout, check_mtp, read_hf_config
 from r1kern.hf.dense import refuse_moe_options
 from r1kern.hf.dtype import ExportDtype
 from r1kern.hf.flops import attention_head_dim
@@ -78,11 +77,7 @@ class Policy:
         self.hf = read_hf_config(model.path)
         check_layout(self.hf, parallel, world.size)
         refuse_moe_options(self.hf, model, experts)
-        if model.mtp_coef and not self.hf.num_nextn_predict_layers:
-            raise UserError(
-                f"model.mtp_coef={model.mtp_coef} but {model.path}/config.json has no "
-                f"multi-token-prediction layers (num_nextn_predict_layers): set model.mtp_coef=0"
-            )
+        check_mtp(self.hf, model)
         self.layers = stage_layers(self.hf.num_hidden_layers, parallel)
         self.config = to_megatron_config(
             self.hf,

@@ -44,7 +44,7 @@ def _search_is_exact(plan) -> bool:
     """Stages added up from measured layers hold what the real stages hold."""
     from r1kern.plan.layouts import stages_of
 
-    summed = stages_of(plan.layout, plan.costs, plan.shapes.dense_layers)
+    summed = stages_of(plan.layout, plan.costs, plan.shapes)
     return [(s.dense, s.expert) for s in summed] == [(s.dense, s.expert) for s in plan.stages]
 
 
