@@ -130,6 +130,30 @@ def test_a_run_is_not_overwritten_and_a_broken_checkpoint_is_named(work, capfd):
     assert read_metrics(run) == metrics
 
 
+def test_a_run_folder_that_cannot_be_written(work, capfd):
+    """Root passes every permission: a file and /proc refuse it too."""
+    (work["folder"] / "file").touch()
+    for folder in (work["folder"] / "file", "/proc/self/run"):
+        refused(capfd, [*work["sft"], f"run.folder={folder}"], f"run.folder {folder} cannot be")
+
+
+def test_only_a_restart_of_the_same_job_resumes_by_itself(work, capfd, monkeypatch):
+    """The first start of a job, and another job's restart, find a run that is not theirs."""
+    claim = work["folder"] / "run" / "job"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert cli.run([*work["sft"], "train.steps=2"]) == 0
+    assert claim.read_text() == "one"
+    refused(capfd, work["sft"], "already holds a run (step_000002)", "--resume")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for other in ("two", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        refused(capfd, work["sft"], "already holds a run (step_000002)", "--resume")
+        assert claim.read_text() == "one"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert cli.run(work["sft"]) == 0
+    assert [m["step"] for m in read_metrics(work["folder"] / "run")] == [0, 1, 2, 3]
+
+
 def test_a_full_disk_ends_the_process_with_code_2_and_keeps_the_last_checkpoint(work):
     """Real processes: the second save hits a file-size limit set while the first stood."""
     command = [sys.executable, "-m", "r1kern", *work["sft"]]
