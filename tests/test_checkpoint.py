@@ -120,7 +120,7 @@ def background(saved):
     from r1kern.train.checkpoint import Checkpoints
 
     policy, checkpoints = saved
-    yield policy, Checkpoints(checkpoints.folder.parent, keep_last=2, background=True)
+    return policy, Checkpoints(checkpoints.folder.parent, keep_last=2, background=True)
 
 
 @contextmanager

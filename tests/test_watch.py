@@ -17,7 +17,11 @@ WORKER = TESTS / "workers" / "watch.py"
 def ranks(*arguments: str, own: list[list[str]] | None = None) -> list[tuple[int | None, str]]:
     """Exit code and output of each of two ranks, with no torchrun that would end the others.
 
-    `own` arguments of each rank follow those of both.  A rank that is still there 20 s after all others have ended has no exit code.
+    A rank that is still there once the other has ended has no exit code.
+
+    Args:
+        arguments: of both ranks.
+        own: those of each rank, which follow.
     """
     port = str(20000 + os.getpid() % 20000)
     base = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

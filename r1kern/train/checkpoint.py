@@ -146,8 +146,9 @@ class Checkpoints:
 
     def _failure(self, final: Path, why: str) -> UserError:
         return UserError(
-            f"checkpoint {final} could not be written ({why}): free some space, see that the folder "
-            f"can be written, and --resume; the last good checkpoint is {self.latest() or 'none'}"
+            f"checkpoint {final} could not be written ({why}): free some space, see that the "
+            f"folder can be written, and --resume; the last good checkpoint is "
+            f"{self.latest() or 'none'}"
         )
 
     def _snapshot(self, policy: Policy, scratch: Path) -> Snapshot:
