@@ -73,9 +73,11 @@ OPTIONS = [
 ]
 
 
-def without_times(folder) -> list[dict]:
+def learning(folder) -> list[dict]:
+    """The metrics without times and without the state of the machine."""
+    machine = ("seconds", "_per_s", "host/", "device/")
     return [
-        {k: v for k, v in record.items() if "seconds" not in k and "_per_s" not in k}
+        {k: v for k, v in record.items() if not any(part in k for part in machine)}
         for record in read_metrics(folder)
     ]
 
@@ -135,7 +137,7 @@ def killed(model, folder, phases: list[str], *more) -> None:
 
 
 def assert_equal_runs(folder, whole) -> None:
-    assert without_times(folder) == without_times(whole)
+    assert learning(folder) == learning(whole)
     resumed = load_file(folder / "model" / "model.safetensors")
     for name, tensor in load_file(whole / "model" / "model.safetensors").items():
         assert torch.equal(resumed[name], tensor), name
