@@ -14,14 +14,15 @@ from tiny_model import tiny_config
 WORKER = TESTS / "workers" / "watch.py"
 
 
-def ranks(*arguments: str, own: list[list[str]] | None = None) -> list[tuple[int | None, str]]:
+def ranks(
+    *arguments: str, own: list[list[str]] | None = None, grace_s: float = 30.0
+) -> list[tuple[int | None, str]]:
     """Exit code and output of each of two ranks, with no torchrun that would end the others.
-
-    A rank that is still there once the other has ended has no exit code.
 
     Args:
         arguments: of both ranks.
         own: those of each rank, which follow.
+        grace_s: a rank that is still there so long after the other has ended has no exit code.
     """
     port = str(20000 + os.getpid() % 20000)
     base = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -36,14 +37,10 @@ def ranks(*arguments: str, own: list[list[str]] | None = None) -> list[tuple[int
         )
         for rank in range(2)
     ]
-    end = time.monotonic() + 120
-    while sum(p.poll() is None for p in processes) > 1 and time.monotonic() < end:
-        time.sleep(0.2)
-    try:
-        processes[0].wait(2)
-        processes[-1].wait(2)
-    except subprocess.TimeoutExpired:
-        pass
+    for left, seconds in ((1, 120.0), (0, grace_s)):
+        end = time.monotonic() + seconds
+        while sum(p.poll() is None for p in processes) > left and time.monotonic() < end:
+            time.sleep(0.1)
     codes = [p.poll() for p in processes]
     for process in processes:
         process.kill()
@@ -97,7 +94,7 @@ def test_a_killed_rank_ends_the_job_that_torchrun_keeps(tmp_path):
 
 
 def test_a_silent_rank_is_named_by_the_others():
-    (code, output), (stopped, _) = ranks(WORKER, "stop", "1")
+    (code, output), (stopped, _) = ranks(WORKER, "stop", "1", grace_s=2)
     assert stopped is None
     assert code == 75, output
     assert "rank 0 in phase 'update, at layer 7': rank 1 has given no sign of life" in output
@@ -107,7 +104,7 @@ def test_a_silent_rank_is_named_by_the_others():
 
 @pytest.mark.full
 def test_a_silent_rank_0_is_named_by_the_others():
-    (stopped, _), (code, output) = ranks(WORKER, "stop", "0")
+    (stopped, _), (code, output) = ranks(WORKER, "stop", "0", grace_s=2)
     assert stopped is None
     assert code == 75, output
     assert "the store, or the machine it is on, gave no answer" in output  # rank 0 holds it

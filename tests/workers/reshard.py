@@ -102,7 +102,7 @@ def updates(policy) -> list[dict]:
             tuple(3 + (7 * i + j) % 90 for j in range(2 + i % 5)),
             tuple(3 + (5 * i + 11 * j) % 90 for j in range(1 + 3 * i)),
         )
-        for i in range(13)
+        for i in range(8)
     ]
     world = policy.world
     batches = pack(sequences, budget=64, dp=world.dp, dp_rank=world.dp_rank, multiple=world.tp)
