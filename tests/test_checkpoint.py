@@ -16,7 +16,7 @@ import torch
 from tiny_model import write_tiny_model
 
 from r1kern import distributed
-from r1kern.config import Model, Optim, Parallel
+from r1kern.config import Experts, Model, Optim, Parallel
 from r1kern.errors import UserError
 from r1kern.types import Sequence
 
@@ -38,7 +38,12 @@ def build(world, model):
     from r1kern.train.policy import Policy
 
     return Policy(
-        Model(path=model, dtype="float32"), Parallel(), Optim(lr=1e-3), world, total_updates=10
+        Model(path=model, dtype="float32"),
+        Parallel(),
+        Optim(lr=1e-3),
+        world,
+        total_updates=10,
+        experts=Experts(bias_update_rate=0.01),
     )
 
 
@@ -171,15 +176,16 @@ def test_a_full_disk_in_the_background_shows_at_the_next_call(background, world,
 def test_a_save_in_the_background_is_of_its_step_and_shows_when_whole(
     background, world, model, monkeypatch, moment
 ):
-    """The weights, moments and learning rate move on while nothing, or all, has been written."""
+    """Weights, expert biases and moments move on while nothing, or all, has been written."""
     policy, checkpoints = background
     asked = {name: tensor.clone() for name, tensor in policy.export()}
     with held_back(monkeypatch, moment) as reached:
         checkpoints.save(policy, 1, {})
         assert reached.wait(60)
         later = [update(policy) for _ in range(2)]
-        moved = dict(policy.export())
-        assert not torch.equal(moved["lm_head.weight"], asked["lm_head.weight"])
+        moved = {name: tensor.clone() for name, tensor in policy.export()}
+        for name in ("lm_head.weight", "model.layers.1.mlp.gate.e_score_correction_bias"):
+            assert not torch.equal(moved[name], asked[name]), name
         checkpoints.finish(wait=False)
         assert checkpoints.in_flight
         shutil.rmtree(checkpoints.folder / "step_000001")  # of the fixture
