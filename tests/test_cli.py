@@ -99,6 +99,12 @@ def test_impossible_layout(work, capfd):
     refused(capfd, arguments, "tp=3 does not divide", "ep=5 does not divide", "world size 1")
 
 
+def test_another_world_size_than_the_options_say(work, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = [*work["train"], "parallel.world_size=4"]
+    refused(capfd, arguments, "parallel.world_size=4 but the job has 2 processes", "torchrun")
+
+
 def test_model_folder_without_config_or_weights(work, capfd, model):
     refused(capfd, [*work["train"], "model.path=nowhere"], "nowhere/config.json", "model.path")
     (work["folder"] / "bare").mkdir()

@@ -56,7 +56,7 @@ def test_a_layout_goes_on_from_the_others(saved):
     out, layouts = saved
     result = json.loads((out / "result.json").read_text())
     if layouts == SOME[1]:
-        assert {"1,1,2 -> 1,2,1", "1,1,2 -> 2,1,1", "1,2,1 -> 2,1,1"} < result.keys()
+        assert result.keys() == {"1,1,2 -> 1,2,1", "1,1,2 -> 2,1,1", "1,2,1 -> 2,1,1"}
     else:
         assert len(result) == len(set(layouts)) ** 2
     for name, found in result.items():

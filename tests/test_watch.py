@@ -70,13 +70,6 @@ def test_ranks_with_different_options(train):
         assert "optim.lr is 2e-06 on rank 1 and 1e-06 on rank 0" in line
 
 
-def test_another_world_size_than_the_options_say(train):
-    for code, output in ranks(*train, own=[["parallel.world_size=4"]] * 2):
-        assert code == 2, output
-        (line,) = errors(output)
-        assert "parallel.world_size=4 but the job has 2 processes" in line
-
-
 def test_a_killed_rank_ends_the_job_that_torchrun_keeps(tmp_path):
     """SIGKILL, as the kernel does when memory runs out."""
     with subprocess.Popen(

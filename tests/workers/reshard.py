@@ -4,8 +4,8 @@
 
 Takes the layouts in turn; one may come twice.  Each writes, the first time, OUT/LAYOUT/ (a run
 folder with a checkpoint of two updates, saved in the background of the updates that follow) and
-OUT/LAYOUT.pt (metrics and weights of those updates), and then goes on from every checkpoint there
-is by then that it has not gone on from.  OUT/result.json: how far it comes out from them.
+OUT/LAYOUT.pt (metrics and weights of those updates), and then goes on from every checkpoint of the
+turns before that it has not gone on from.  OUT/result.json: how far it comes out from them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def main(model: str, out: Path, layouts: list[str]) -> None:
     saved, result = [], {}
     for layout in layouts:
         policy = build(model, layout)
-        if layout not in saved:
+        first = layout not in saved
+        if first:
             save(policy, out, layout)
-            saved.append(layout)
         for there in saved:
             if (name := f"{there} -> {layout}") not in result:
                 result[name] = compare(policy, out, there)
+        if first:
+            saved.append(layout)
     if policy.world.is_main:
         (out / "result.json").write_text(json.dumps(result))
     distributed.shutdown()
