@@ -74,8 +74,8 @@ def start(
         config: JSON values that every rank must have alike.
 
     Raises:
-        UserError: the layout does not divide the world size, a local rank has no GPU, or `config`
-            differs between ranks.
+        UserError: the layout does not divide the world size, a local rank has no GPU,
+            `record_folder` cannot be made, or `config` differs between ranks.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -92,8 +92,8 @@ def start(
         # Bound to its GPU, NCCL connects at once (a broken network shows here, not at some later
         # collective) and takes the groups made later as splits of this one.
         bound = {"device_id": device} if device.type == "cuda" else {}
-        if record_folder is not None and device.type == "cuda":  # its watchdog makes no folder
-            Path(record_folder).mkdir(parents=True, exist_ok=True)
+        if record_folder is not None and device.type == "cuda":
+            _make_record_folder(Path(record_folder))
         timeout = timedelta(seconds=deadline_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -138,6 +138,16 @@ def _choose_device(local_rank: int, local_size: int) -> torch.device:
     # Ranks of one node share its cores; vLLM makes later calls a no-op, so it is set here.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return torch.device("cpu")
+
+
+def _make_record_folder(folder: Path) -> None:
+    """NCCL's watchdog writes into it and does not make it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the run folder cannot be written ({error}): set run.folder to another"
+        ) from error
 
 
 def _build_groups(tp: int, ep: int, pp: int, deadline_s: float) -> None:

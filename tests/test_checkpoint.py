@@ -7,14 +7,16 @@ import pickle
 import resource
 import shutil
 import signal
+import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_model import write_tiny_model
 
 from r1kern import distributed
-from r1kern.config import Model, Optim, Parallel
+from r1kern.config import Experts, Model, Optim, Parallel
 from r1kern.errors import UserError
 from r1kern.types import Sequence
 
@@ -36,7 +38,12 @@ def build(world, model):
     from r1kern.train.policy import Policy
 
     return Policy(
-        Model(path=model, dtype="float32"), Parallel(), Optim(lr=1e-3), world, total_updates=10
+        Model(path=model, dtype="float32"),
+        Parallel(),
+        Optim(lr=1e-3),
+        world,
+        total_updates=10,
+        experts=Experts(bias_update_rate=0.01),
     )
 
 
@@ -112,6 +119,118 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(saved, world, model, free_b
     assert checkpoints.latest().name == "step_000002"
 
 
+@pytest.fixture
+def background(saved):
+    """As `saved`; its checkpoints are written in the background from here on."""
+    from r1kern.train.checkpoint import Checkpoints
+
+    policy, checkpoints = saved
+    return policy, Checkpoints(checkpoints.folder.parent, keep_last=2, background=True)
+
+
+def load_model_alone(policy, path: Path) -> None:
+    """Without the optimizer, whose master weights would go over the model's own."""
+    from megatron.core import dist_checkpointing
+
+    from r1kern.train.checkpoint import _sharded_state
+
+    wanted = {"model": _sharded_state(policy, loading=True)["model"]}
+    policy.model.load_state_dict(dist_checkpointing.load(wanted, str(path))["model"], strict=False)
+
+
+@contextmanager
+def held_back(monkeypatch, name: str):
+    """While the block lasts, saves wait before their call of the checkpoint module's `name`."""
+    from r1kern.train import checkpoint
+
+    function, reached, go_on = getattr(checkpoint, name), threading.Event(), threading.Event()
+
+    def wait(*args):
+        reached.set()
+        assert go_on.wait(60)
+        return function(*args)
+
+    monkeypatch.setattr(checkpoint, name, wait)
+    yield reached
+    go_on.set()
+
+
+def test_a_full_disk_in_the_background_shows_at_the_next_call(background, world, model):
+    policy, checkpoints = background
+    words = r"step_000002 could not.*good checkpoint is .*_000001"
+    for next_call in (checkpoints.finish, lambda: checkpoints.save(policy, 3, {})):
+        with full_disk(20_000):
+            checkpoints.save(policy, 2, {})
+            update(policy)  # training goes on beside it
+            with pytest.raises(UserError, match=words):
+                next_call()
+        assert not checkpoints.in_flight
+        assert checkpoints.latest().name == "step_000001"
+    checkpoints.load(build(world, model), checkpoints.latest())
+    checkpoints.save(policy, 3, {})  # and with space again it goes on
+    checkpoints.finish()
+    assert checkpoints.latest().name == "step_000003"
+
+
+@pytest.mark.parametrize("moment", ["write_files", "_sync_to_disk"])
+def test_a_save_in_the_background_is_of_its_step_and_shows_when_whole(
+    background, world, model, monkeypatch, moment
+):
+    """Weights, expert biases and moments move on while nothing, or all, has been written."""
+    policy, checkpoints = background
+    asked = {name: tensor.clone() for name, tensor in policy.export()}
+    with held_back(monkeypatch, moment) as reached:
+        checkpoints.save(policy, 1, {})
+        assert reached.wait(60)
+        later = [update(policy) for _ in range(2)]
+        moved = {name: tensor.clone() for name, tensor in policy.export()}
+        for name in ("lm_head.weight", "model.layers.1.mlp.gate.e_score_correction_bias"):
+            assert not torch.equal(moved[name], asked[name]), name
+        checkpoints.finish(wait=False)
+        assert checkpoints.in_flight
+        shutil.rmtree(checkpoints.folder / "step_000001")  # of the fixture
+        assert checkpoints.latest() is None
+    checkpoints.finish()
+    other = build(world, model)
+    load_model_alone(other, checkpoints.latest())
+    for name, tensor in other.export():
+        assert torch.equal(tensor, asked[name]), name
+    checkpoints.load(other, checkpoints.latest())
+    for name, tensor in other.export():
+        assert torch.equal(tensor, asked[name]), name
+    assert [update(other) for _ in range(2)] == later
+    for name, tensor in other.export():
+        assert torch.equal(tensor, moved[name]), name
+
+
+def test_a_checkpoint_folder_removed_in_a_run(background, monkeypatch):
+    """Under a save it is an error, between two it is made again."""
+    policy, checkpoints = background
+    with held_back(monkeypatch, "write_files") as reached:
+        checkpoints.save(policy, 2, {})
+        assert reached.wait(60)
+        shutil.rmtree(checkpoints.folder)
+    with pytest.raises(UserError, match=r"step_000002 could not.*No such file.*checkpoint is none"):
+        checkpoints.finish()
+    checkpoints.save(policy, 3, {})
+    checkpoints.finish()
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_000003"]
+
+
+def test_a_folder_that_cannot_be_written(saved, tmp_path):
+    """Not even by root: no folder can be made in these two."""
+    from r1kern.train.checkpoint import Checkpoints
+
+    (tmp_path / "a_file").touch()
+    for folder in (tmp_path / "a_file", Path("/proc/self/run")):
+        with pytest.raises(UserError) as error:
+            Checkpoints(folder, keep_last=2).save(saved[0], 2, {})
+        message = str(error.value)
+        assert f"{folder}/checkpoints/step_000002 could not be written" in message
+        assert "see that the folder can be written" in message
+        assert "\n" not in message
+
+
 def test_a_folder_that_is_no_checkpoint(saved, model, tmp_path):
     policy, checkpoints = saved
     with pytest.raises(UserError, match=r"not an r1kern checkpoint.*step_NNNNNN"):
@@ -125,13 +244,17 @@ def test_a_checkpoint_of_another_model(saved, world, tmp_path):
         checkpoints.load(build(world, str(tmp_path / "other")), checkpoints.latest())
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "common.pt"])
-def test_a_cut_file(saved, name):
+def test_a_cut_file(saved):
     policy, checkpoints = saved
-    path = checkpoints.latest() / name
-    os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(UserError, match="resume from the one before"):
-        checkpoints.load(policy, checkpoints.latest())
+    for name in (".metadata", "__0_0.distcp", "common.pt", "state.json", "random_0.pt"):
+        path = checkpoints.latest() / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="resume from the one before") as error:
+            checkpoints.load(policy, checkpoints.latest())
+        assert "\n" not in str(error.value)
+        path.write_bytes(whole)
+    checkpoints.load(policy, checkpoints.latest())
 
 
 class Hostile:

@@ -99,6 +99,12 @@ def test_impossible_layout(work, capfd):
     refused(capfd, arguments, "tp=3 does not divide", "ep=5 does not divide", "world size 1")
 
 
+def test_another_world_size_than_the_options_say(work, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = [*work["train"], "parallel.world_size=4"]
+    refused(capfd, arguments, "parallel.world_size=4 but the job has 2 processes", "torchrun")
+
+
 def test_model_folder_without_config_or_weights(work, capfd, model):
     refused(capfd, [*work["train"], "model.path=nowhere"], "nowhere/config.json", "model.path")
     (work["folder"] / "bare").mkdir()
@@ -128,6 +134,30 @@ def test_a_run_is_not_overwritten_and_a_broken_checkpoint_is_named(work, capfd):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert cli.run([*work["sft"], "--resume"]) == 0  # nothing left to do
     assert read_metrics(run) == metrics
+
+
+def test_a_run_folder_that_cannot_be_written(work, capfd):
+    """Root passes every permission: a file and /proc refuse it too."""
+    (work["folder"] / "file").touch()
+    for folder in (work["folder"] / "file", "/proc/self/run"):
+        refused(capfd, [*work["sft"], f"run.folder={folder}"], f"run.folder {folder} cannot be")
+
+
+def test_only_a_restart_of_the_same_job_resumes_by_itself(work, capfd, monkeypatch):
+    """The first start of a job, and another job's restart, find a run that is not theirs."""
+    claim = work["folder"] / "run" / "job"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert cli.run([*work["sft"], "train.steps=2"]) == 0
+    assert claim.read_text() == "one"
+    refused(capfd, work["sft"], "already holds a run (step_000002)", "--resume")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for other in ("two", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        refused(capfd, work["sft"], "already holds a run (step_000002)", "--resume")
+        assert claim.read_text() == "one"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert cli.run(work["sft"]) == 0
+    assert [m["step"] for m in read_metrics(work["folder"] / "run")] == [0, 1, 2, 3]
 
 
 def test_a_full_disk_ends_the_process_with_code_2_and_keeps_the_last_checkpoint(work):

@@ -146,8 +146,9 @@ class Checkpoints:
 
     def _failure(self, final: Path, why: str) -> UserError:
         return UserError(
-            f"checkpoint {final} could not be written ({why}): free some space and --resume; "
-            f"the last good checkpoint is {self.latest() or 'none'}"
+            f"checkpoint {final} could not be written ({why}): free some space, see that the "
+            f"folder can be written, and --resume; the last good checkpoint is "
+            f"{self.latest() or 'none'}"
         )
 
     def _snapshot(self, policy: Policy, scratch: Path) -> Snapshot:
@@ -208,12 +209,15 @@ class Checkpoints:
                 f"{path} is not an r1kern checkpoint (no {STATE}): give a folder named "
                 f"step_NNNNNN from a run's checkpoints/"
             )
-        state = json.loads((path / STATE).read_text())
         refuse_unsafe_pickle(path / ".metadata")
         wanted = _sharded_state(policy, loading=True)
         try:
+            state = json.loads((path / STATE).read_text())
+            random_state = None
+            if state["world_size"] == dist.get_world_size():
+                random_state = torch.load(path / f"random_{dist.get_rank()}.pt", weights_only=True)
             loaded = dist_checkpointing.load(wanted, str(path))
-        except FAILURES as error:
+        except (*FAILURES, json.JSONDecodeError) as error:
             raise UserError(
                 f"checkpoint {path} cannot be loaded ({_one_line(error)}): it is damaged or of "
                 f"another model; remove it to resume from the one before"
@@ -223,9 +227,8 @@ class Checkpoints:
         policy.scheduler.num_steps = 0  # its `load_state_dict` adds to it
         policy.scheduler.load_state_dict(state["scheduler"])
         policy.version = state["version"]
-        mine = path / f"random_{dist.get_rank()}.pt"
-        if state["world_size"] == dist.get_world_size():
-            _restore_random_state(torch.load(mine, weights_only=True))
+        if random_state is not None:
+            _restore_random_state(random_state)
         return state
 
 

@@ -107,6 +107,7 @@ UNWRITABLE = (
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
+    errno.EEXIST,  # a file of that name
     errno.ENOENT,
 )
 

@@ -2,9 +2,10 @@
 
     torchrun reshard.py MODEL_FOLDER OUT TP,EP,PP ...
 
-Writes OUT/LAYOUT/ (a run folder with a checkpoint of two updates, saved in the background of the
-updates that follow), OUT/LAYOUT.pt (metrics and weights of those updates) and OUT/result.json:
-how far every layout that loads a checkpoint is from them.
+Takes the layouts in turn; one may come twice.  Each writes, the first time, OUT/LAYOUT/ (a run
+folder with a checkpoint of two updates, saved in the background of the updates that follow) and
+OUT/LAYOUT.pt (metrics and weights of those updates), and then goes on from every checkpoint of the
+turns before that it has not gone on from.  OUT/result.json: how far it comes out from them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ STEPS = 2
 
 
 def main(model: str, out: Path, layouts: list[str]) -> None:
+    saved, result = [], {}
     for layout in layouts:
         policy = build(model, layout)
-        save(policy, out, layout)
-    result = {}
-    for layout in layouts:
-        policy = build(model, layout)
-        for saved in layouts:
-            result[f"{saved} -> {layout}"] = compare(policy, out, saved)
+        first = layout not in saved
+        if first:
+            save(policy, out, layout)
+        for there in saved:
+            if (name := f"{there} -> {layout}") not in result:
+                result[name] = compare(policy, out, there)
+        if first:
+            saved.append(layout)
     if policy.world.is_main:
         (out / "result.json").write_text(json.dumps(result))
     distributed.shutdown()
@@ -100,7 +104,7 @@ def updates(policy) -> list[dict]:
             tuple(3 + (7 * i + j) % 90 for j in range(2 + i % 5)),
             tuple(3 + (5 * i + 11 * j) % 90 for j in range(1 + 3 * i)),
         )
-        for i in range(13)
+        for i in range(8)
     ]
     world = policy.world
     batches = pack(sequences, budget=64, dp=world.dp, dp_rank=world.dp_rank, multiple=world.tp)
