@@ -18,7 +18,8 @@ from r1kern.agreement import agree, shared_store
 from r1kern.errors import UserError
 from r1kern.watch import Heartbeat
 
-PATIENCE_S = 30.0  # without a sign of life from a rank
+# Without a sign of life from a rank; reading a large tensor from a slow disk holds Python up.
+PATIENCE_S = 60.0
 
 _heartbeat: Heartbeat | None = None
 
