@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from r1kern import nccl
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -19,7 +21,9 @@ def command(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
+    # A run within this process may have set where its collectives are recorded.
+    own = {name: value for name, value in os.environ.items() if name != nccl.DUMP}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
 
 
 def torchrun(processes: int, *arguments: str, restarts: int = 0, timeout_s: float = 600) -> str:

@@ -43,7 +43,11 @@ def measure(model: Path, ranks: int, generator_tp: int, *layouts: str) -> list[d
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["generator-tp1", "generator-tp2"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(1, marks=pytest.mark.full), 2],
+    ids=["generator-tp1", "generator-tp2"],
+)
 def two_ranks(request, model) -> list[dict]:
     return measure(model, 2, request.param, "2,1,1", "1,2,1", "1,1,2")
 
