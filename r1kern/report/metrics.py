@@ -79,7 +79,8 @@ class MetricsLog:
             for k, short, form in LINE
             if k in metrics
         ]
-        times = " + ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
+        shares = {k: v for k, v in seconds.items() if k != "step" and v >= 0.005}
+        times = " + ".join(f"{k} {v:.2f}" for k, v in shares.items())
         self._console.print(
             f"step {step + 1:>{len(str(self._total))}}/{self._total} | {' | '.join(shown)} | "
             f"{seconds['step']:.2f} s = {times} | {eta}"
