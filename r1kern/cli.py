@@ -25,16 +25,31 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest
 
 def main() -> None:
     """Run the command line and leave: threads of vLLM and gloo would hold the process up."""
+    if os.environ.get("RANK", "0") == "0":
+        _print_notes()
     code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+def _print_notes() -> None:
+    """What our modules note by the way goes to stdout, as a line each."""
+    notes = logging.StreamHandler(sys.stdout)
+    notes.setFormatter(logging.Formatter("%(message)s"))
+    notes.addFilter(lambda record: record.levelno < logging.WARNING)
+    ours = logging.getLogger("r1kern")
+    ours.addHandler(notes)
+    ours.setLevel(logging.INFO)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit code, see `guarded`."""
     warnings.filterwarnings("ignore")  # the libraries' notes on deprecations are not for our users
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # notes on each layer's classes
     return guarded(lambda: app(arguments))
 
 

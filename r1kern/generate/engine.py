@@ -131,6 +131,8 @@ class Generator:
         if quantized:
             fp8.check_device(device)
             arguments["hf_overrides"] = {"quantization_config": fp8.QUANTIZATION}
+        elif not load_weights:  # the folder's own weights may be FP8, those to come are not
+            arguments["hf_overrides"] = {"quantization_config": None}
         if self._can_sleep:
             sleep.check_allocator(os.environ)
             arguments["enable_sleep_mode"] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from pathlib import Path
 
@@ -29,7 +28,6 @@ def run(
     Args:
         options: of `make.make_plan`.
     """
-    logging.getLogger("megatron").setLevel(logging.ERROR)  # notes on each layer's classes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = make_plan(config, **options)
