@@ -15,6 +15,7 @@ from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r1kern.data.tokenizer import build_demo_tokenizer
+from r1kern.hf.convert import convert
 from r1kern.report.metrics import read_metrics
 from r1kern.report.rollouts import read_rollouts
 
@@ -157,8 +158,12 @@ def test_kill_at_every_phase(whole, model, tmp_path):
 
 
 def test_ctrl_c_and_sigterm_leave_a_checkpoint_that_other_layouts_resume(model, tmp_path):
-    """Three layouts in turn, each gone on from where a signal stopped the one before."""
-    folder = tmp_path / "run"
+    """Three layouts in turn, each gone on from where a signal stopped the one before.
+
+    The model's folder holds FP8 blocks, as DeepSeek-V3 is published; the generator is sent floats.
+    """
+    convert(model, tmp_path / "fp8", "fp8")
+    model, folder = tmp_path / "fp8", tmp_path / "run"
     more = ["train.steps=500", "train.save_every=0"]
     tensor = ["parallel.tp=2", "parallel.generator_tp=2"]
     first = stopped(model, folder, signal.SIGINT, 2, *more, *tensor)
