@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from r1kern.errors import UserError
 from r1kern.generate import fp8, host, sleep, sync, vllm_cpu
+from r1kern.hf.fp8_blocks import QUANTIZATION
 from r1kern.types import Completion, Prompt, Rollout
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class Generator:
         )
         if quantized:
             fp8.check_device(device)
-            arguments["hf_overrides"] = {"quantization_config": fp8.QUANTIZATION}
+            arguments["hf_overrides"] = {"quantization_config": QUANTIZATION}
         elif not load_weights:  # the folder's own weights may be FP8, those to come are not
             arguments["hf_overrides"] = {"quantization_config": None}
         if self._can_sleep:

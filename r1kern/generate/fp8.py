@@ -13,13 +13,6 @@ import torch
 from r1kern.errors import UserError
 from r1kern.hf.fp8_blocks import SCALE, is_quantised, quantize, scale_shape
 
-QUANTIZATION = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [128, 128],
-}
-
 
 def check_device(device: str) -> None:
     """Raises UserError where vLLM has no kernels for weights in 128 x 128 blocks."""

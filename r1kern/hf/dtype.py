@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from r1kern.errors import UserError
-from r1kern.hf.fp8_blocks import BLOCK, SCALE, is_quantised, quantize
+from r1kern.hf.fp8_blocks import QUANTIZATION, SCALE, is_quantised, quantize
 
 ExportDtype = Literal["bf16", "fp32", "fp8"]
 
@@ -50,10 +50,5 @@ def describe(config: dict, dtype: ExportDtype) -> dict:
     kept = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")}
     kept["dtype"] = "float32" if dtype == "fp32" else "bfloat16"
     if dtype == "fp8":
-        kept["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [BLOCK, BLOCK],
-        }
+        kept["quantization_config"] = QUANTIZATION
     return kept

@@ -13,6 +13,12 @@ import torch.nn.functional as F
 
 BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+QUANTIZATION = {  # `quantization_config` of config.json
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
 SCALE = "_scale_inv"  # of a weight's name; despite it, the factor that restores the weight
 
 # The linear layers of attention, MLP, routed and shared experts, multi-token prediction's included.
