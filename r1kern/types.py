@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+TASKS = ("math", "choice", "code", "reference", "general")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -18,14 +20,23 @@ class Prompt:
     Attributes:
         id: name of the problem, unique in its data set.
         ids: prompt token ids, template included.
-        answer: the gold answer, raw text.
+        answer: the gold answer, raw text; "" where there is none.
         text: the rendered prompt.
+        question: the problem as its record has it, for a judge to read.
+        task: what judges an answer: "math" and "choice" the mathematics grader, "code" the tests,
+            "reference" a judge that is given `answer`, "general" preferences alone.
+        language: that the answer should be in ("en", "zh", ...), "" where the record says nothing.
+        tests: of a program, as `rewards.code.run_tests` takes them, each as JSON.
     """
 
     id: str
     ids: tuple[int, ...]
     answer: str
     text: str
+    question: str = ""
+    task: str = "math"
+    language: str = ""
+    tests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

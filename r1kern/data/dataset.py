@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from r1kern.data.records import Record, read_records
 from r1kern.data.template import render
 from r1kern.errors import UserError
-from r1kern.types import Prompt, Sequence
+from r1kern.types import TASKS, Prompt, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,9 @@ def load_prompts(
 ) -> list[Prompt]:
     """Problems with their answers, rendered and tokenised, in the source's order.
 
+    A record may name its `task` (see `types.Prompt`; "math" where it does not), its `language` and,
+    for programs, a list of `tests`. Only tasks with an answer to compare with need one.
+
     Args:
         source, where: as in `read_records`.
         template: as in `render`.
@@ -45,14 +50,29 @@ def load_prompts(
     """
     records = read_records(source, where=where)
     names = _unique_names(records, id_field)
-    answers = [record.scalar(answer_field) for record in records]
     texts, ids = _tokenise(records, problem_field, template, tokenizer)
     prompts = [
-        Prompt(id=name, ids=tuple(row), answer=answer, text=text)
-        for name, row, answer, text in zip(names, ids, answers, texts, strict=True)
+        Prompt(name, tuple(row), text=text, **_task(record, problem_field, answer_field))
+        for record, name, row, text in zip(records, names, ids, texts, strict=True)
     ]
     sizes = [len(prompt.ids) for prompt in prompts]
     return _within(prompts, sizes, names, records, max_prompt_tokens, overlong, "prompt")
+
+
+def _task(record: Record, problem_field: str, answer_field: str) -> dict:
+    """The fields of a prompt that say how it is judged."""
+    task = record.text("task") if "task" in record.values else "math"
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
+        raise UserError(f"{record.at}: unknown task '{task}': did you mean '{near}'?")
+    has_answer = task in ("math", "choice", "reference")
+    return dict(
+        question=record.text(problem_field),
+        answer=record.scalar(answer_field) if has_answer else "",
+        task=task,
+        language=record.text("language") if "language" in record.values else "",
+        tests=tuple(map(json.dumps, record.items("tests"))) if task == "code" else (),
+    )
 
 
 def load_pairs(

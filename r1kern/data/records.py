@@ -42,6 +42,16 @@ class Record:
             return str(value)
         return self.text(field)
 
+    def items(self, field: str) -> list:
+        """A field that holds a list which is not empty; UserError otherwise."""
+        value = self._get(field)
+        if not isinstance(value, list) or not value:
+            found = "an empty one" if value == [] else _kind(value)
+            raise UserError(
+                f"{self.at}: field '{field}' must be a list with something in it, not {found}"
+            )
+        return value
+
     def _get(self, field: str) -> object:
         if field not in self.values:
             raise UserError(

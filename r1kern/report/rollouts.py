@@ -33,6 +33,10 @@ def _record(group: int, rollout: Rollout, index: int) -> dict:
         "prompt": rollout.prompt.text,
         "prompt_ids": rollout.prompt.ids,
         "answer": rollout.prompt.answer,
+        "question": rollout.prompt.question,
+        "task": rollout.prompt.task,
+        "language": rollout.prompt.language,
+        "tests": rollout.prompt.tests,
         "completion": completion.text,
         "ids": completion.ids,
         "logps": completion.logps,
@@ -52,7 +56,7 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
             groups.setdefault(record["group"], []).append(record)
     return [
         Rollout(
-            prompt=Prompt(g[0]["id"], tuple(g[0]["prompt_ids"]), g[0]["answer"], g[0]["prompt"]),
+            prompt=_prompt(g[0]),
             completions=tuple(
                 Completion(tuple(r["ids"]), tuple(r["logps"]), r["completion"], r["finish"])
                 for r in g
@@ -62,6 +66,19 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
         )
         for g in groups.values()
     ]
+
+
+def _prompt(record: dict) -> Prompt:
+    return Prompt(
+        record["id"],
+        tuple(record["prompt_ids"]),
+        record["answer"],
+        record["prompt"],
+        record["question"],
+        record["task"],
+        record["language"],
+        tuple(record["tests"]),
+    )
 
 
 def step_file(folder: str | Path, step: int) -> Path:

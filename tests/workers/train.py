@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from r1kern import cli, distributed
+from r1kern.cli import training
 from r1kern.config import TrainConfig, load_config
 from r1kern.report.ledger import Ledger
 
@@ -51,7 +52,7 @@ def main(phases: list[str], config: str, overrides: list[str]) -> None:
     victim = 0 if phase in IN_SAVE else attempt % world.size
     if phase != "-" and world.rank == victim:
         arm(trainer, phase, Path(options.run.folder) / "kills")
-    cli._run(trainer, "--resume" in overrides)
+    training.drive(trainer, "--resume" in overrides)
 
 
 def arm(trainer, phase: str, log: Path) -> None:

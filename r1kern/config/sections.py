@@ -1,16 +1,10 @@
-"""Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
+"""The sections that commands share, each typed and frozen."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from r1kern.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -21,14 +15,11 @@ RecomputedPart = Literal[
 ]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-C = TypeVar("C", bound=_Section)
-
-
-class Run(_Section):
+class Run(Section):
     """Where the run lives and how long it may wait."""
 
     folder: str = "runs/grpo"
@@ -36,7 +27,7 @@ class Run(_Section):
     deadline_s: float = Field(600.0, gt=0)  # for any collective, sync or generation
 
 
-class Model(_Section):
+class Model(Section):
     """The model in Hugging Face format."""
 
     path: str  # folder
@@ -59,7 +50,7 @@ class Model(_Section):
         return self
 
 
-class Experts(_Section):
+class Experts(Section):
     """Training of the mixture of experts."""
 
     bias_update_rate: float = Field(0.0, ge=0)  # auxiliary-loss-free balance; 0: bias kept
@@ -76,7 +67,7 @@ class Experts(_Section):
         return self
 
 
-class Parallel(_Section):
+class Parallel(Section):
     """Sizes of the parallel groups; data parallelism takes the rest of the world."""
 
     tp: Positive = 1  # tensor parallel, with sequence parallelism when > 1
@@ -87,7 +78,7 @@ class Parallel(_Section):
     world_size: Positive | None = None  # processes the layout is made for; others are refused
 
 
-class Data(_Section):
+class Data(Section):
     """Problems: `problem` and `answer` (GRPO) or `problem` and `completion` (SFT) per record."""
 
     train: str  # JSONL file, datasets folder, bundled:NAME or hub:owner/name[:split]
@@ -98,7 +89,7 @@ class Data(_Section):
     where: dict[str, list[str]] = {}  # keep the records whose field has one of these values
 
 
-class Sampling(_Section):
+class Sampling(Section):
     """How completions are drawn."""
 
     max_tokens: Positive = 1024
@@ -113,7 +104,7 @@ class Rollout(Sampling):
     group_size: Annotated[int, Field(ge=2)] = 16  # G, completions of a prompt
 
 
-class Generator(_Section):
+class Generator(Section):
     """The vLLM engine of each replica."""
 
     max_seqs: Positive = 256  # completions decoded at the same time
@@ -124,7 +115,7 @@ class Generator(_Section):
     sync_bucket_mib: Positive = 1024  # gathered weights in flight during a sync
 
 
-class GRPO(_Section):
+class GRPO(Section):
     """The objective; see `ops.grpo_loss` for each term and its source."""
 
     clip_low: float = Field(0.2, gt=0)
@@ -140,7 +131,7 @@ class GRPO(_Section):
     drop_truncated: bool = False  # leave completions that ran out of tokens out of the loss
 
 
-class Optim(_Section):
+class Optim(Section):
     """AdamW through Megatron's distributed optimizer."""
 
     lr: float = Field(1e-6, gt=0)
@@ -155,7 +146,7 @@ class Optim(_Section):
     offload: bool = False  # master weights, moments and the update live in host memory
 
 
-class Train(_Section):
+class Train(Section):
     """The loop."""
 
     steps: Positive = 100
@@ -177,143 +168,42 @@ class Eval(Sampling):
     top_p: float = Field(0.95, gt=0, le=1)
 
 
-class TrainConfig(_Section):
-    """`r1kern train`: GRPO."""
+class Sandbox(Section):
+    """Where programs under test run: bubblewrap, no network, read-only system, own /tmp."""
 
-    run: Run = Run()
-    model: Model
-    parallel: Parallel = Parallel()
-    data: Data
-    rollout: Rollout = Rollout()
-    generator: Generator = Generator()
-    experts: Experts = Experts()
-    rewards: dict[str, float] = {"accuracy": 1.0, "format": 1.0}  # weight of each term
-    grpo: GRPO = GRPO()
-    optim: Optim = Optim()
-    train: Train = Train()
-    eval: Eval = Eval()
-
-    @model_validator(mode="after")
-    def _lengths_fit(self):
-        for name, tokens in (("rollout", self.rollout), ("eval", self.eval)):
-            longest = self.data.max_prompt_tokens + tokens.max_tokens
-            if longest > self.model.max_positions:
-                raise ValueError(
-                    f"data.max_prompt_tokens + {name}.max_tokens = {longest} exceeds "
-                    f"model.max_positions = {self.model.max_positions}: raise it or shorten them"
-                )
-            if longest > self.train.tokens_per_microbatch:
-                raise ValueError(
-                    f"data.max_prompt_tokens + {name}.max_tokens = {longest} exceeds "
-                    f"train.tokens_per_microbatch = {self.train.tokens_per_microbatch}: raise it"
-                )
-        if self.rollout.temperature == 0:
-            raise ValueError("rollout.temperature = 0 leaves nothing to learn from: use 1.0")
-        if self.grpo.entropy_coef and self.grpo.ratio != "token":
-            raise ValueError('grpo.entropy_coef needs grpo.ratio = "token"')
-        if self.rollout.prompts_per_step % self.grpo.updates_per_batch:
-            raise ValueError(
-                f"grpo.updates_per_batch = {self.grpo.updates_per_batch} does not divide "
-                f"rollout.prompts_per_step = {self.rollout.prompts_per_step}"
-            )
-        return self
+    timeout_s: float = Field(6.0, gt=0)  # clock time of one test
+    memory_mb: Positive = 512  # address space of the program
+    workers: NonNegative = 0  # programs tested at the same time; 0: one a core
+    unsafe_local: bool = False  # without bubblewrap: the program runs with this user's rights
 
 
-class SFTTrain(Train):
-    """The loop of supervised fine-tuning."""
+class Judge(Section):
+    """A language model behind an OpenAI-compatible server, vLLM's own included."""
 
-    batch_size: Positive = 64  # sequences of one optimizer step
-
-
-class SFTConfig(_Section):
-    """`r1kern sft`: supervised fine-tuning on prompt and completion pairs."""
-
-    run: Run = Run(folder="runs/sft")
-    model: Model
-    parallel: Parallel = Parallel()
-    data: Data
-    experts: Experts = Experts()
-    optim: Optim = Optim(lr=1e-5)
-    train: SFTTrain = SFTTrain()
+    url: str  # of the API, such as http://localhost:8000/v1
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key, if one is needed
+    timeout_s: float = Field(120.0, gt=0)  # of one request
+    retries: NonNegative = 4
+    concurrency: Positive = 16  # requests in flight
+    requests_per_minute: NonNegative = 0  # 0: no limit
+    max_tokens: Positive = 1024
+    cache: str | None = None  # file that keeps every answer
 
 
-def load_config(kind: type[C], path: str | Path, overrides: list[str] = ()) -> C:
-    """Read a YAML file, apply `section.key=value` overrides, validate.
+class RewardModel(Section):
+    """A model with a scalar head, trained by `r1kern reward`, that scores completions."""
 
-    Args:
-        kind: `TrainConfig` or `SFTConfig`.
-        path: YAML file.
-        overrides: dotted keys with YAML values, e.g. `optim.lr=1e-5`.
-
-    Raises:
-        UserError: no such file, not YAML, and one line with *all* violations: unknown keys with
-            the nearest name, wrong types, values out of range.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
-        raise UserError(f"no config file {path}" + (f": did you mean {near[0]}?" if near else ""))
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold sections such as 'model:', not a {type(raw).__name__}")
-    for override in overrides:
-        _apply(raw, override)
-    return parse_config(kind, raw, str(path))
+    path: str  # folder
+    reads: Literal["summary", "response"] = "response"  # paper: helpfulness reads the summary only
 
 
-def parse_config(kind: type[C], raw: dict, source: str = "config") -> C:
-    """Validate a nested dictionary; see `load_config`."""
-    try:
-        return kind(**raw)
-    except ValidationError as error:
-        lines = [_violation(kind, e) for e in error.errors()]
-        raise UserError(f"{source}: " + "; ".join(lines)) from error
+class Grading(Section):
+    """How the reward terms judge."""
 
-
-def dump_config(config: _Section) -> str:
-    """The resolved options as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number (YAML 1.1 wants 1.0e-6)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _apply(raw: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override '{override}' is not section.key=value")
-    *sections, last = key.split(".")
-    node = raw
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override '{override}': '{section}' is not a section")
-    node[last] = yaml.load(value, Loader=_Loader)
-
-
-def _violation(kind: type[BaseModel], error: dict) -> str:
-    """One pydantic error as `section.key: what is wrong`."""
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        parent = kind
-        for part in error["loc"][:-1]:
-            parent = parent.model_fields[part].annotation
-        known = list(parent.model_fields)
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-        return f"unknown key '{where}' ({hint})"
-    if error["type"] == "missing":
-        return f"'{where}' is required"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    deadline_s: float = Field(2.0, gt=0)  # processor time of one mathematical verdict
+    sandbox: Sandbox = Sandbox()
+    judge: Judge | None = None  # for answers that no rule can judge
+    language: str | None = None  # target of the language term; None: each record's own, else "en"
+    overlong_buffer: NonNegative = 0  # last tokens of the budget over which the penalty grows
+    repetition_ngram: Positive = 20  # words of the n-grams that the repetition penalty counts
