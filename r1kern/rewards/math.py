@@ -24,6 +24,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from r1kern.errors import UserError
+from r1kern.rewards.verdict import Verdict
 
 WALL_FACTOR = 4  # clock time allowed per second of processor time, for a loaded machine
 START_S = 60.0  # importing sympy takes about a second, more on a loaded machine
@@ -31,19 +32,6 @@ QUEUE_S = 600.0
 MAX_ANSWER_CHARS = 500  # a longer one is wrong unless it equals the gold text
 MAX_TAIL_CHARS = 2_000  # running text is judged by its end
 _WORKER = Path(__file__).with_name("_math_worker.py")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the grader says of one prediction.
-
-    Attributes:
-        correct: whether it equals the gold answer.
-        failure: why the grader could not judge (then `correct` is False), or None.
-    """
-
-    correct: bool
-    failure: str | None = None
 
 
 def verify(prediction: str, gold: str) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1kern.errors import UserError
 from r1kern.rewards.format import format_reward
-from r1kern.rewards.math import MathGrader, Verdict, shared_grader
+from r1kern.rewards.math import MathGrader, shared_grader
+from r1kern.rewards.verdict import Verdict
 from r1kern.types import Completion, Prompt, Rollout, Score
 
 Reward = Callable[[Completion, Prompt], float]
