@@ -1,4 +1,4 @@
-"""The format reward of DeepSeek-R1-Zero (arXiv 2501.12948, section 2.2.2), and a response's parts."""
+"""The format reward of DeepSeek-R1-Zero (arXiv 2501.12948, section 2.2.2); a response in parts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parts(completion: str, *, opening: str = "<think>", closing: str = "</think>
     2.3.1): give both arguments the same token for that. A completion without either token is all
     summary.
     """
-    before, opened, rest = completion.partition(opening)
+    _, opened, rest = completion.partition(opening)
     if not opened:
         rest = completion
     reasoning, closed, summary = rest.partition(closing)
