@@ -17,6 +17,7 @@ import r1kern
 from r1kern.config import SFTConfig, TrainConfig, load_config
 from r1kern.data.cold_start import write_cold_start
 from r1kern.data.records import read_records
+from r1kern.data.tiny_model import DEEPSEEK, write_model
 from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.errors import UserError
 from r1kern.launch import launch
@@ -24,36 +25,6 @@ from r1kern.report.metrics import read_metrics
 
 # Beside the package in a checkout, within it in a wheel.
 CONFIGS = next(path for p in r1kern.__path__ if (path := Path(p) / "configs").is_dir())
-
-# A model of the same architecture as the 671B one, everything present and everything small.
-MODEL = dict(
-    hidden_size=128,
-    intermediate_size=256,
-    moe_intermediate_size=64,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    q_lora_rank=64,
-    kv_lora_rank=64,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=8,
-    n_shared_experts=1,
-    n_group=4,
-    topk_group=2,
-    num_experts_per_tok=2,
-    routed_scaling_factor=1.0,
-    norm_topk_prob=True,
-    max_position_embeddings=512,
-    num_nextn_predict_layers=0,
-    tie_word_embeddings=False,
-    initializer_range=0.06,  # 0.02, made for wide models, starts a narrow one slowly
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    topk_method="noaux_tc",
-    scoring_func="sigmoid",
-)
 
 
 def run_demo(folder: Path, *, seed: int = 0, fresh: bool = False) -> int:
@@ -98,21 +69,7 @@ def run_demo(folder: Path, *, seed: int = 0, fresh: bool = False) -> int:
 
 def write_inputs(folder: Path, seed: int) -> None:
     """The untrained model's configuration and tokenizer, and the cold-start data."""
-    from transformers import DeepseekV3Config
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_demo_tokenizer()
-    tokenizer.save_pretrained(folder / "base")
-    config = DeepseekV3Config(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        architectures=["DeepseekV3ForCausalLM"],
-        dtype="float32",
-        **MODEL,
-    )
-    config.save_pretrained(folder / "base")
+    write_model(folder / "base", DEEPSEEK, build_demo_tokenizer())
     records = read_records("bundled:gsm8k_arith_train", where={"kind": ["add", "sub"]})
     scratch = folder / "cold_start.tmp"
     write_cold_start([r.text("problem") for r in records], scratch, visits=8, seed=seed)

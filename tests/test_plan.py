@@ -14,7 +14,7 @@ from launch import ROOT, TESTS, environment
 from transformers import DeepseekV3Config
 
 from r1kern.config import TrainConfig, load_config
-from r1kern.demo import MODEL
+from r1kern.data.tiny_model import DEEPSEEK
 from r1kern.hf.config import read_hf_config
 from r1kern.hf.names import hf_shapes, shared_name
 from r1kern.plan.steptime import Lengths, survival
@@ -51,7 +51,7 @@ def output(tmp_path_factory):
     """Folder and output of the worker."""
     folder = tmp_path_factory.mktemp("plans")
     (folder / "configs").symlink_to(ROOT / "configs")
-    DeepseekV3Config(vocab_size=512, **MODEL).save_pretrained(folder / "demo")
+    DeepseekV3Config(vocab_size=512, **DEEPSEEK).save_pretrained(folder / "demo")
     script = str(TESTS / "workers" / "plan.py")
     done = subprocess.run(
         [sys.executable, script, "demo", "configs/models/deepseek_v3", *CONFIGS],

@@ -1,6 +1,7 @@
 """Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
 
 from r1kern.config.load import dump_config, load_config, parse_config
+from r1kern.config.pipeline import PipelineConfig
 from r1kern.config.sections import (
     GRPO,
     Data,
@@ -33,6 +34,7 @@ __all__ = [
     "Model",
     "Optim",
     "Parallel",
+    "PipelineConfig",
     "RecomputedPart",
     "RewardModel",
     "Rollout",

@@ -18,14 +18,17 @@ class Stream(Generic[T]):
     Args:
         items: the training set (prompts, pairs: any frozen dataclass); not empty.
         seed: of all orders.
+
+    Attributes:
+        items: the training set.
     """
 
     def __init__(self, items: Sequence[T], seed: int):
         if not items:
             raise UserError("nothing to train on: the data set is empty")
-        self._items = tuple(items)
+        self.items = tuple(items)
         self._seed = seed
-        self._digest = _digest(self._items)
+        self._digest = _digest(self.items)
         self._epoch = 0
         self._index = 0
         self._order = self._shuffled()
@@ -39,7 +42,7 @@ class Stream(Generic[T]):
                 self._epoch, self._index = self._epoch + 1, 0
                 self._order = self._shuffled()
             taken = self._order[self._index : self._index + count - len(batch)]
-            batch += [self._items[i] for i in taken]
+            batch += [self.items[i] for i in taken]
             self._index += len(taken)
         return batch
 
@@ -72,7 +75,7 @@ class Stream(Generic[T]):
         self._order = self._shuffled()
 
     def _shuffled(self) -> list[int]:
-        order = list(range(len(self._items)))
+        order = list(range(len(self.items)))
         random.Random(f"{self._seed}:{self._epoch}").shuffle(order)
         return order
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -36,20 +37,25 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False):
     return tokenizer
 
 
-def build_demo_tokenizer() -> PreTrainedTokenizerFast:
+def build_demo_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer of 104 tokens in which the R1-Zero template costs two and each tag one.
 
     The tags are not special tokens, so they survive `decode(..., skip_special_tokens=True)`. Every
     text of printable ASCII without backticks decodes to itself.
+
+    Args:
+        words: further tokens, one for each word (or character beyond ASCII); spare ones fill the
+            vocabulary up to a multiple of 8.
     """
-    phrases = [R1_ZERO_PREFIX, R1_ZERO_SUFFIX, *TAGS]
+    spare = [f"<spare-{i}>" for i in range(-len(words) % 8)]
+    phrases = [R1_ZERO_PREFIX, R1_ZERO_SUFFIX, *TAGS, *words, *spare]
     tokens = [*SPECIAL, *CHARACTERS, *phrases]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(TokenRegex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in phrases])
-    assert len(tokens) == tokenizer.get_vocab_size() == 104
+    assert len(tokens) == tokenizer.get_vocab_size() == 104 + len(words) + len(spare)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,12 +155,21 @@ class Generator:
             self._vllm, self._llm = _build(arguments, device)
         self._finalizer = weakref.finalize(self, _shut_down, self._llm)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        done: Callable[[int, Rollout], None] = lambda place, rollout: None,
+    ) -> list[Rollout]:
         """Draws `sampling.n` completions for each prompt.
 
         The same prompts, sampling, weights and seed give the same completions, bit for bit. One
         seed covers the call: a generator per sequence would cost a Python loop in every step.
 
+        Args:
+            done: called with each group and its place as soon as it is whole, while others are
+                still decoded; it must not wait.
         Returns:
             One rollout a prompt, in order.
         Raises:
@@ -191,11 +200,21 @@ class Generator:
         self._llm.reset_prefix_cache()
         with host.random_state(self._device):
             torch.manual_seed(seed)
-            outputs = self._llm.generate(inputs, params, use_tqdm=False)
-        return [
-            Rollout(prompt, self._completions(output.outputs), self.version)
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
+            places = {
+                name: i for i, name in enumerate(self._llm.enqueue(inputs, params, use_tqdm=False))
+            }
+            groups: dict[int, Rollout] = {}
+            for output in self._finished():
+                i = places[output.request_id]
+                groups[i] = Rollout(prompts[i], self._completions(output.outputs), self.version)
+                done(i, groups[i])
+        return [groups[i] for i in range(len(prompts))]
+
+    def _finished(self):
+        """Decodes; yields the engine's outputs as they become whole."""
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            yield from (output for output in engine.step() if output.finished)
 
     def _completions(self, outputs) -> tuple[Completion, ...]:
         ids = [tuple(output.token_ids) for output in outputs]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from r1kern.hf.names import hf_shapes
 from r1kern.model.replay import Choices
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import read_rollouts, step_file, write_rollouts
-from r1kern.rewards.score import Reward, score_rollouts
+from r1kern.rewards.score import Reward, Scorer
 from r1kern.train.head import Loss
 from r1kern.train.objective import counts, grpo_step_loss, split, to_sequences
 from r1kern.train.packing import plan_batches
@@ -68,7 +69,14 @@ class GRPO:
         self, config: TrainConfig, world: World, *, rewards: dict[str, Reward] | None = None
     ):
         self.config, self.world, self.ledger = config, world, Ledger(config.run.deadline_s)
-        self._extra_rewards = rewards
+        self.scorer = Scorer(
+            config.rewards,
+            options=config.grading,
+            max_tokens=config.rollout.max_tokens,
+            extra=rewards,
+            later=config.reward_models,
+        )
+        self._held_out_scorer = Scorer({"accuracy": 1.0, "format": 0.0}, options=config.grading)
         tokenizer = load_tokenizer(
             config.model.path, trust_remote_code=config.model.trust_remote_code
         )
@@ -82,6 +90,8 @@ class GRPO:
         )
         self.prompts = Stream(read(config.data.train), config.run.seed)
         self.held_out = read(config.data.eval) if config.data.eval else []
+        self.scorer.prepare(self.prompts.items)
+        self._held_out_scorer.prepare(self.held_out)
         self.policy = Policy(
             config.model,
             config.parallel,
@@ -165,25 +175,33 @@ class GRPO:
         if [r.prompt for r in self.rollouts] == prompts:
             return self._to_trainer()
         metrics = self._to_generator("kv_cache")
-        with self.ledger("rollout"):
-            mine = self.generate(prompts, self.sampling, seed=self.done)
+        with self.ledger("rollout"):  # a group is graded while others are still sampled
+            graded = self.generate(prompts, self.sampling, seed=self.done, scorer=self.scorer)
         metrics |= self._to_trainer()
         with self.ledger("reward"):
-            mine = score_rollouts(mine, self.config.rewards, extra=self._extra_rewards)
+            mine = [group.result() for group in graded]
         with self.ledger("gather"):
             self.rollouts = self.gather(mine)
             self._keep(step_file(self.config.run.folder, self.done + 1), self.rollouts)
         return metrics
 
-    def generate(self, prompts: list, sampling: Sampling, *, seed: int) -> list[Rollout]:
-        """This engine's share of `prompts`, sampled; `seed` counts calls within the run."""
+    def generate(
+        self, prompts: list, sampling: Sampling, *, seed: int, scorer: Scorer
+    ) -> list[Future[Rollout]]:
+        """This engine's share of `prompts`, sampled and being graded; `seed` counts calls."""
         engines = self.world.size // self.config.parallel.generator_tp
         engine = self.world.rank // self.config.parallel.generator_tp
         # Distinct for every run seed, call and engine.
         seed = (self.config.run.seed * 1_000_003 + seed) * engines + engine
         mine = prompts[engine::engines]
         watch.at(f"{len(mine)} prompts from {mine[0].id}" if mine else "no prompts")
-        return self.generator.generate(mine, sampling, seed % 2**63)
+        graded: dict[int, Future[Rollout]] = {}
+
+        def grade(place: int, rollout: Rollout) -> None:
+            graded[place] = scorer.submit(rollout)
+
+        self.generator.generate(mine, sampling, seed % 2**63, grade)
+        return [graded[place] for place in range(len(mine))]
 
     def gather(self, mine: list[Rollout]) -> list[Rollout]:
         """All engines' rollouts, on every rank in the same order."""
@@ -295,9 +313,10 @@ class GRPO:
         )
         self._to_generator("kv_cache")
         with self.ledger("evaluate"):
-            mine = self.generate(self.held_out, sampling, seed=2**31 + self.done)
-            mine = score_rollouts(mine, {"accuracy": 1.0, "format": 0.0})
-            rollouts = self.gather(mine)
+            graded = self.generate(
+                self.held_out, sampling, seed=2**31 + self.done, scorer=self._held_out_scorer
+            )
+            rollouts = self.gather([group.result() for group in graded])
         folder = Path(self.config.run.folder)
         self._keep(folder / "rollouts" / f"eval_{self.done:06d}.jsonl", rollouts)
         return summarise(rollouts)
@@ -329,6 +348,10 @@ class GRPO:
             "engines": engines,
             "seed": config.run.seed,
             "rewards": config.rewards,
+            "grading": config.grading.model_dump(mode="json"),
+            "reward_models": {
+                k: m.model_dump(mode="json") for k, m in config.reward_models.items()
+            },
             "rollout": config.rollout.model_dump(mode="json"),
             "generator": config.generator.model_dump(mode="json"),
             "model": config.model.model_dump(mode="json"),

@@ -15,7 +15,9 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     flat = sum(len({s.total for s in r.scores if s.failure is None}) < 2 for r in rollouts)
     metrics = {
         "reward": mean([s.total for s in graded]),
-        **{f"reward/{n}": mean([s.terms[n] for s in graded]) for n in sorted(names)},
+        **{
+            f"reward/{n}": mean([s.terms[n] for s in graded if n in s.terms]) for n in sorted(names)
+        },
         "response_length": mean([len(c.ids) for c, _ in scored]),
         "truncated": mean([c.finish == "length" for c, _ in scored]),
         "zero_variance_groups": flat / len(rollouts),
