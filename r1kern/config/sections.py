@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -183,12 +183,15 @@ class Judge(Section):
     url: str  # of the API, such as http://localhost:8000/v1
     model: str
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key, if one is needed
-    timeout_s: float = Field(120.0, gt=0)  # of one request
+    timeout_s: float = Field(120.0, gt=0)  # of one request, to its last byte
+    deadline_s: float = Field(600.0, gt=0)  # of one answer: every try and the waits between
     retries: NonNegative = 4
-    concurrency: Positive = 16  # requests in flight
+    concurrency: Positive = 16  # requests in flight of one process
     requests_per_minute: NonNegative = 0  # 0: no limit
     max_tokens: Positive = 1024
-    cache: str | None = None  # file that keeps every answer
+    temperature: float = Field(0.0, ge=0)
+    extra: dict[str, Any] = {}  # further fields of a request; null takes one of ours out
+    cache: str | None = None  # file on a local disk that keeps every answer
 
 
 class RewardModel(Section):
