@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from r1kern import distributed
@@ -24,8 +25,10 @@ def sample_and_grade(
     template: str,
     limit: int,
     seed: int,
-) -> str:
-    """Write graded completions to `out` as JSONL; returns a line with pass@1.
+) -> str | None:
+    """Write graded completions to `out` as JSONL; rank 0 returns a line with pass@1.
+
+    Until `out` is whole, chunks lie in `OUT.parts`, where the same call goes on after a kill.
 
     Args:
         model: folder in Hugging Face format, weights included.
@@ -44,26 +47,21 @@ def sample_and_grade(
         data, tokenizer=tokenizer, template=template, max_prompt_tokens=hf.max_position_embeddings
     )[: limit or None]
     world = distributed.start(seed=seed)
-    from r1kern.generate.engine import Generator, Sampling
+    from r1kern.eval.sampling import Sampler
+    from r1kern.generate.engine import Sampling
 
     longest = max(len(p.ids) for p in prompts) + max_tokens
-    generator = Generator(
-        model,
-        dtype="float32" if world.device.type == "cpu" else "bfloat16",
-        max_model_len=longest,
-        max_num_seqs=256,
-        device=world.device.type,
-        kv_cache_gib=1.0,
-        tokenizer=tokenizer,
+    parts = out.with_name(out.name + ".parts")
+    sampled = Sampler(model, world, max_model_len=longest).sample(
+        prompts,
+        Sampling(n=samples, max_tokens=max_tokens, temperature=temperature, top_p=top_p),
+        folder=parts,
+        score=lambda rollouts: score_rollouts(rollouts, {"accuracy": 1.0, "format": 0.0}),
+        seed=seed,
     )
-    sampling = Sampling(
-        n=samples,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        stop_ids=(tokenizer.eos_token_id,),
-    )
-    rollouts = generator.generate(prompts, sampling, seed)
-    rollouts = score_rollouts(rollouts, {"accuracy": 1.0, "format": 0.0})
+    if not world.is_main:
+        return None
+    rollouts = list(sampled)
     write_rollouts(out, rollouts)
+    shutil.rmtree(parts)
     return summarise(rollouts)[1]

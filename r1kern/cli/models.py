@@ -53,7 +53,7 @@ def rollout(
     limit: Annotated[int, typer.Option(help="first problems only; 0: all")] = 0,
     seed: int = 0,
 ) -> None:
-    """Sample completions with vLLM, grade them, and print pass@1."""
+    """Sample completions with vLLM, grade them, and print pass@1; torchrun adds engines."""
     from r1kern.rollout import sample_and_grade
 
     line = sample_and_grade(
@@ -68,7 +68,8 @@ def rollout(
         limit=limit,
         seed=seed,
     )
-    print(f"{line}\nsamples: {out}")
+    if line is not None:
+        print(f"{line}\nsamples: {out}")
 
 
 @app.command()
