@@ -27,6 +27,7 @@ setup(
     package_data={
         "r1kern": ["py.typed", "*.pyi"],
         "r1kern.data": ["files/*"],
+        "r1kern.report.page": ["*.css", "*.js"],
         "r1kern.configs": ["*.yaml", "models/*/config.json"],
     },
     include_package_data=False,

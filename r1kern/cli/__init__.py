@@ -9,7 +9,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from r1kern.cli import machine, models, recipe, training  # noqa: F401  (they join the application)
+from r1kern.cli import (  # noqa: F401  (they join the application)
+    machine,
+    models,
+    recipe,
+    report,
+    training,
+)
 from r1kern.cli.application import app
 from r1kern.errors import Interrupted, UserError
 
