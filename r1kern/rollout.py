@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from r1kern import distributed
+from r1kern import config, distributed
 from r1kern.data.dataset import load_prompts
 from r1kern.data.tokenizer import load_tokenizer
 from r1kern.eval.heldout import summarise
@@ -25,6 +25,8 @@ def sample_and_grade(
     template: str,
     limit: int,
     seed: int,
+    generator: config.Generator,
+    generator_tp: int = 1,
 ) -> str | None:
     """Write graded completions to `out` as JSONL; rank 0 returns a line with pass@1.
 
@@ -35,6 +37,7 @@ def sample_and_grade(
         data: as in `data.records.read_records`.
         samples: completions per problem.
         limit: first problems only; 0 takes all.
+        generator, generator_tp: the engines of the world.
 
     Raises:
         UserError: the model or the data cannot be read.
@@ -52,7 +55,10 @@ def sample_and_grade(
 
     longest = max(len(p.ids) for p in prompts) + max_tokens
     parts = out.with_name(out.name + ".parts")
-    sampled = Sampler(model, world, max_model_len=longest).sample(
+    sampler = Sampler(
+        model, world, max_model_len=longest, generator=generator, generator_tp=generator_tp
+    )
+    sampled = sampler.sample(
         prompts,
         Sampling(n=samples, max_tokens=max_tokens, temperature=temperature, top_p=top_p),
         folder=parts,

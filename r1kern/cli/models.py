@@ -52,8 +52,12 @@ def rollout(
     template: str = "r1-zero",
     limit: Annotated[int, typer.Option(help="first problems only; 0: all")] = 0,
     seed: int = 0,
+    max_seqs: Annotated[int, typer.Option(help="completions decoded at the same time")] = 256,
+    kv_cache_gib: Annotated[float, typer.Option(help="a rank's key-value cache")] = 1.0,
+    generator_tp: Annotated[int, typer.Option(help="ranks of one engine")] = 1,
 ) -> None:
     """Sample completions with vLLM, grade them, and print pass@1; torchrun adds engines."""
+    from r1kern.config import Generator
     from r1kern.rollout import sample_and_grade
 
     line = sample_and_grade(
@@ -67,6 +71,8 @@ def rollout(
         template=template,
         limit=limit,
         seed=seed,
+        generator=Generator(max_seqs=max_seqs, kv_cache_gib=kv_cache_gib),
+        generator_tp=generator_tp,
     )
     if line is not None:
         print(f"{line}\nsamples: {out}")
