@@ -1,6 +1,7 @@
 """Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
 
 from r1kern.config.load import dump_config, load_config, parse_config
+from r1kern.config.reward import PreferenceData, RewardConfig, RewardTrain
 from r1kern.config.sections import (
     GRPO,
     Data,
@@ -33,8 +34,11 @@ __all__ = [
     "Model",
     "Optim",
     "Parallel",
+    "PreferenceData",
     "RecomputedPart",
+    "RewardConfig",
     "RewardModel",
+    "RewardTrain",
     "Rollout",
     "Run",
     "SFTConfig",
