@@ -2,6 +2,7 @@
 
 from r1kern.config.load import dump_config, load_config, parse_config
 from r1kern.config.pipeline import PipelineConfig
+from r1kern.config.reward import PreferenceData, RewardConfig, RewardTrain
 from r1kern.config.sections import (
     GRPO,
     Data,
@@ -35,8 +36,11 @@ __all__ = [
     "Optim",
     "Parallel",
     "PipelineConfig",
+    "PreferenceData",
     "RecomputedPart",
+    "RewardConfig",
     "RewardModel",
+    "RewardTrain",
     "Rollout",
     "Run",
     "SFTConfig",
