@@ -1,6 +1,7 @@
 """Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
 
 from r1kern.config.load import dump_config, load_config, parse_config
+from r1kern.config.ppo import PPO, PPOConfig
 from r1kern.config.sections import (
     GRPO,
     Data,
@@ -24,6 +25,7 @@ from r1kern.config.train import SFTConfig, SFTTrain, TrainConfig
 
 __all__ = [
     "GRPO",
+    "PPO",
     "Data",
     "Eval",
     "Experts",
@@ -32,6 +34,7 @@ __all__ = [
     "Judge",
     "Model",
     "Optim",
+    "PPOConfig",
     "Parallel",
     "RecomputedPart",
     "RewardModel",

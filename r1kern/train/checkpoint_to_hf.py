@@ -8,7 +8,7 @@ import yaml
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 
-from r1kern.config import Optim, Parallel, SFTConfig, TrainConfig, load_config
+from r1kern.config import Optim, Parallel, PPOConfig, SFTConfig, TrainConfig, load_config
 from r1kern.distributed import World
 from r1kern.errors import UserError
 from r1kern.hf.dtype import ExportDtype
@@ -39,7 +39,8 @@ def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype)
             f"{path} is missing, which says what {step} was trained from: give a checkpoint in "
             f"its run's folder"
         )
-    kind = TrainConfig if "rollout" in yaml.safe_load(path.read_text()) else SFTConfig
+    sections = yaml.safe_load(path.read_text())
+    kind = PPOConfig if "ppo" in sections else TrainConfig if "rollout" in sections else SFTConfig
     model = load_config(kind, path).model.model_copy(update={"init": "random"})
     policy = Policy(model, Parallel(), Optim(), world, total_updates=1)
     refuse_unsafe_pickle(step / ".metadata")
