@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from r1kern.hf.dense import LAYER as DENSE_LAYER
 from r1kern.hf.dense import dense_shapes, is_dense
+from r1kern.hf.scalar_head import SCORE, has_scalar_head
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ OUTSIDE = {
     "decoder.final_layernorm.weight": Slot(("model.norm.weight",), None),
     "output_layer.weight": Slot(("lm_head.weight",), 0),
 }
+
+SCALAR_HEAD = Slot((SCORE,), None)  # of "output_layer.weight" in a model that has one
 
 LAYER = {
     "input_layernorm.weight": (("input_layernorm.weight",), None),
@@ -85,7 +88,7 @@ def hf_shapes(hf: PretrainedConfig, *, mtp: bool = False) -> dict[str, tuple[int
             speculatively must not be sent them.
     """
     if is_dense(hf):
-        return dense_shapes(hf)
+        return _with_head(dense_shapes(hf), hf)
     heads, nope, rope, v = (
         hf.num_attention_heads,
         hf.qk_nope_head_dim,
@@ -135,6 +138,14 @@ def hf_shapes(hf: PretrainedConfig, *, mtp: bool = False) -> dict[str, tuple[int
             shapes |= mlp(f"{layer}mlp.experts.{e}.", moe)
     shapes["model.norm.weight"] = (hidden,)
     shapes["lm_head.weight"] = (hf.vocab_size, hidden)
+    return _with_head(shapes, hf)
+
+
+def _with_head(shapes: dict[str, tuple[int, ...]], hf: PretrainedConfig) -> dict:
+    """A language model's shapes, or those of the same model with the head that it has."""
+    if has_scalar_head(hf):
+        shapes.pop("lm_head.weight", None)
+        shapes[SCORE] = (1, hf.hidden_size)
     return shapes
 
 
@@ -151,7 +162,7 @@ def shared_name(name: str) -> str:
 def hf_splits(names: Iterable[str]) -> dict[str, int | None]:
     """Dimension in which tensor parallelism cuts each tensor; None for one that it does not."""
     by_stem = {stem: split for stems, split in (LAYER | MTP).values() for stem in stems}
-    outside = {slot.names[0]: slot.split for slot in OUTSIDE.values()}
+    outside = {slot.names[0]: slot.split for slot in (*OUTSIDE.values(), SCALAR_HEAD)}
     splits = {}
     for name in names:
         source = shared_name(name)

@@ -14,6 +14,7 @@ import torch
 from r1kern.errors import UserError
 from r1kern.hf.dtype import ExportDtype, describe, encode
 from r1kern.hf.headers import INDEX
+from r1kern.hf.scalar_head import describe_scalar_head
 
 # dtype -> safetensors' name of it
 _CODES = {
@@ -80,6 +81,7 @@ def write_model_folder(
     like: str | Path,
     is_writer: bool,
     dtype: ExportDtype,
+    scalar_head: bool = False,
     shard_bytes: int = 4 << 30,
 ) -> None:
     """Write `tensors` with the configuration and tokenizer of the folder `like`.
@@ -88,6 +90,9 @@ def write_model_folder(
     them that writes.  That one holds a shard in memory.  The folder appears under its name only
     when it is whole.
 
+    Args:
+        scalar_head: the tensors end in one instead of in what `like` ends in.
+
     Raises:
         UserError: the disk is full or not writable, or a tensor cannot be stored so; nothing is
             left of the folder, one of that name from before stands.
@@ -95,7 +100,7 @@ def write_model_folder(
     tensors = iter(tensors)
     try:
         if is_writer:
-            _write(Path(folder), tensors, Path(like), dtype, shard_bytes)
+            _write(Path(folder), tensors, Path(like), dtype, scalar_head, shard_bytes)
     except OSError as error:
         raise UserError(
             f"model {folder} could not be written ({error}): free some space or choose another "
@@ -106,7 +111,9 @@ def write_model_folder(
             pass
 
 
-def _write(folder: Path, tensors, like: Path, dtype: ExportDtype, shard_bytes: int) -> None:
+def _write(
+    folder: Path, tensors, like: Path, dtype: ExportDtype, scalar_head: bool, shard_bytes: int
+) -> None:
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -118,7 +125,7 @@ def _write(folder: Path, tensors, like: Path, dtype: ExportDtype, shard_bytes: i
             shards.append(specs)
         for i, file in enumerate(shard_names(len(shards))):
             (scratch / f"shard-{i}").rename(scratch / file)
-        write_companions(scratch, like, dtype, shards)
+        write_companions(scratch, like, dtype, shards, scalar_head=scalar_head)
         publish(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -148,7 +155,12 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_companions(
-    folder: Path, like: Path, dtype: ExportDtype, shards: list[dict[str, Spec]]
+    folder: Path,
+    like: Path,
+    dtype: ExportDtype,
+    shards: list[dict[str, Spec]],
+    *,
+    scalar_head: bool = False,
 ) -> None:
     """Index, configuration and tokenizer; `shards` are the specs of each file."""
     for path in like.iterdir():
@@ -156,6 +168,8 @@ def write_companions(
         if wanted and not path.name.endswith(".index.json"):
             shutil.copy(path, folder / path.name)
     config = describe(json.loads((like / "config.json").read_text()), dtype)
+    if scalar_head:
+        config = describe_scalar_head(config)
     (folder / "config.json").write_text(json.dumps(_complete(config), indent=2))
     if len(shards) > 1:
         weight_map, total = {}, 0

@@ -40,6 +40,7 @@ from r1kern.model.core_attention import CoreAttention, Packing
 from r1kern.model.dense import DenseConfig, dense_layer_spec, scale_rope
 from r1kern.model.moe import GroupedLinear, MoELayer, Router
 from r1kern.model.mtp import deeper, mtp_spec
+from r1kern.model.scalar_head import ScalarHead
 
 
 class DeepSeekV3(GPTModel):
@@ -49,6 +50,8 @@ class DeepSeekV3(GPTModel):
     [1, T]) and ends at the last hidden states [s * b, H], row s * b + b', all rows on every
     tensor-parallel rank; earlier stages return what the next one takes.  Log-probabilities and
     losses come from the ops of `ops.head` on them and `head_weight`: logits never exist whole.
+
+    With a scalar head it ends at the values of all rows instead, float32 [s * b].
 
     With multi-token prediction and gradients enabled the states of every depth follow those of the
     model: [(1 + depths) * s * b, H] (see `mtp.mtp_loss`).
@@ -60,6 +63,11 @@ class DeepSeekV3(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    @property
+    def has_scalar_head(self) -> bool:
+        """On the last stage, which alone has a head."""
+        return self.post_process and isinstance(self.output_layer, ScalarHead)
 
     def _preprocess(self, *, input_ids, packed_seq_params=None, **kwargs):
         # Megatron hands its padding mask to every layer: the place for each row's sequence.
@@ -73,6 +81,8 @@ class DeepSeekV3(GPTModel):
     def _postprocess(self, hidden_states, input_ids, packed_seq_params=None, **_):
         if not self.post_process:
             return hidden_states
+        if self.has_scalar_head:
+            return self.output_layer(hidden_states)
         states = [hidden_states]
         if self.mtp_process and torch.is_grad_enabled():
             states += self._predict_deeper(hidden_states, input_ids, packed_seq_params)
@@ -113,6 +123,7 @@ def build_model(
     vocab_size: int,
     max_positions: int,
     with_transformer_engine: bool = False,
+    scalar_head: bool = False,
 ) -> DeepSeekV3:
     """This rank's pipeline stage, initialised from torch's random state.
 
@@ -121,6 +132,8 @@ def build_model(
         vocab_size: rows of the embedding and of the head; must divide by the TP size.
         max_positions: longest sequence.
         with_transformer_engine: take its attention, norms and linears.
+        scalar_head: end in one value a token; for a configuration without tied embeddings and
+            multi-token prediction (`hf.scalar_head.with_scalar_head`).
 
     Raises:
         UserError: Transformer Engine is asked for and absent.
@@ -143,6 +156,8 @@ def build_model(
         share_embeddings_and_output_weights=dense and config.tied_embeddings,
         mtp_block_spec=mtp,
     )
+    if scalar_head and model.post_process:
+        model.output_layer = ScalarHead(config, model.pg_collection.tp)
     if dense:
         scale_rope(model.rotary_pos_emb, config)
     return model.cuda() if torch.cuda.is_available() else model

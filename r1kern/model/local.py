@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from r1kern.hf.names import EXPERT, LAYER, MTP, OUTSIDE, Slot
+from r1kern.hf.names import EXPERT, LAYER, MTP, OUTSIDE, SCALAR_HEAD, Slot
 from r1kern.model.gpt import DeepSeekV3
 
 
@@ -20,6 +20,9 @@ def local_tensors(model: DeepSeekV3) -> Iterator[tuple[str, torch.Tensor, Slot]]
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.endswith("_extra_state"):
             continue  # Megatron's (None) and Transformer Engine's (bytes as a tensor)
+        if name == "output_layer.weight" and model.has_scalar_head:
+            yield name, tensor.data, SCALAR_HEAD
+            continue
         if name in OUTSIDE:
             # The last pipeline stage holds a copy of an embedding that is the head too.
             tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights

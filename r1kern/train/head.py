@@ -32,4 +32,21 @@ class Head:
         return ops.linear_logprob(self.hidden, self.weight, self.targets, **self.options)
 
 
+@dataclass(frozen=True)
+class ValueHead:
+    """What a loss is given of a model with a scalar head.
+
+    Attributes:
+        rows: float32 [N], the value of each row that `PackedBatch.rows` names: of the prompt and
+            the completion tokens before the one that the row predicts.
+    """
+
+    rows: torch.Tensor
+
+    def values(self) -> torch.Tensor:
+        """[N], differentiable."""
+        return self.rows
+
+
 Loss = Callable[[Head, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+ValueLoss = Callable[[ValueHead, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,36 +11,26 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1kern.config import Experts, Model, Optim, Parallel, RecomputedPart
 from r1kern.distributed import World
-from r1kern.hf.config import check_layout, check_mtp, read_hf_config
-from r1kern.hf.dense import refuse_moe_options
 from r1kern.hf.dtype import ExportDtype
-from r1kern.hf.flops import attention_head_dim
-from r1kern.hf.layout import stage_layers
 from r1kern.hf.names import hf_shapes, hf_splits, shared_name
 from r1kern.hf.reader import HFReader
 from r1kern.hf.writer import write_model_folder
 from r1kern.model import balance
-from r1kern.model.attention_kernel import Facts, choose_kernel
 from r1kern.model.carry import export_whole
-from r1kern.model.core_attention import Packing
 from r1kern.model.export import Named, export_buckets, export_weights
-from r1kern.model.gpt import build_model
-from r1kern.model.import_hf import import_weights
 from r1kern.model.local import local_tensors
-from r1kern.model.megatron_config import DTYPES, to_megatron_config
 from r1kern.model.mtp import mtp_loss
-from r1kern.model.recompute import recompute_fields
 from r1kern.model.replay import Choices, agreement, playing, recording
 from r1kern.model.sync_plan import SyncPlan, plan_sync
-from r1kern.train.head import Head, Loss
+from r1kern.train.assembly import assemble
+from r1kern.train.head import Head, Loss, ValueHead, ValueLoss
 from r1kern.train.host_copies import HostCopies
 from r1kern.train.optimizer import build_optimizer, build_scheduler
+from r1kern.train.passes import from_last_stage, run_batches, score_batches
 from r1kern.types import PackedBatch
 
 
@@ -56,6 +45,8 @@ class Policy:
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
         experts: their balance.
         recompute: parts computed again in the backward.
+        scalar_head: a reward or value model: one value a token (`values`) and a loss on a
+            `ValueHead` instead of log-probabilities and a loss on a `Head`; see `assemble`.
 
     Raises:
         UserError: the model cannot be laid out so (all reasons at once) or read.
@@ -71,42 +62,15 @@ class Policy:
         total_updates: int,
         experts: Experts = Experts(),  # noqa: B008  (frozen)
         recompute: Sequence[RecomputedPart] = (),
+        scalar_head: bool = False,
     ):
         self.world, self.options, self.experts = world, model, experts
-        self.source = model.path
-        self.hf = read_hf_config(model.path)
-        check_layout(self.hf, parallel, world.size)
-        refuse_moe_options(self.hf, model, experts)
-        check_mtp(self.hf, model)
-        self.layers = stage_layers(self.hf.num_hidden_layers, parallel)
-        self.config = to_megatron_config(
-            self.hf,
-            tp=parallel.tp,
-            ep=parallel.ep,
-            pp=parallel.pp,
-            dtype=DTYPES[model.dtype],
-            layers=self.layers,
-            mtp=model.mtp_coef > 0,
-            **recompute_fields(list(recompute)),
-            # Gradients are sums already: nothing may divide them by a count of tokens.
-            finalize_model_grads_func=lambda chunks, num_tokens=None, **groups: (
-                finalize_model_grads(chunks, None, **groups)
-            ),
+        self.source, self.scalar_head = model.path, scalar_head
+        built = assemble(
+            model, parallel, world, experts=experts, recompute=recompute, scalar_head=scalar_head
         )
-        self.config.attention_kernel = choose_kernel(
-            model.attention,
-            Facts.here(),
-            dtype=self.config.params_dtype,
-            head_dim=attention_head_dim(self.hf),
-        )
-        self.model = build_model(
-            self.config,
-            vocab_size=self.hf.vocab_size,
-            max_positions=model.max_positions,
-            with_transformer_engine=model.transformer_engine,
-        )
-        if model.init == "load":
-            import_weights(self.model, HFReader(model.path, self.hf))
+        self.hf, self.layers, self.config = built.hf, built.layers, built.config
+        self.model, self._source_hf = built.model, built.source
         self.ddp = DistributedDataParallel(
             self.config,
             DistributedDataParallelConfig(
@@ -125,7 +89,6 @@ class Policy:
 
     # -- log-probabilities ------------------------------------------------------------------
 
-    @torch.no_grad()
     def logprobs(self, batches: list[PackedBatch], temperature: float = 1.0) -> list[torch.Tensor]:
         """Log-probability of every completion token, no gradient.
 
@@ -133,12 +96,23 @@ class Policy:
             One float32 [B, S] grid per micro-batch, 0 under the mask, on every pipeline stage.
         """
 
-        def score(batch, hidden, non_loss_data):
-            logp, _ = self._head(hidden, batch, temperature).logprobs()
-            return batch.grid(logp)
+        def score(batch, hidden):
+            return self._head(hidden, batch, temperature).logprobs()[0]
 
-        grids = self._run(batches, score, forward_only=True, collect_non_loss_data=True)
-        return [grid.to(self.world.device) for grid in self._from_last_stage(grids)]
+        return score_batches(self.ddp, batches, score, self.world)
+
+    def values(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
+        """The value at every row that predicts a completion token, no gradient; scalar head only.
+
+        Returns:
+            One float32 [B, S] grid per micro-batch, 0 under the mask, on every pipeline stage.
+        """
+        assert self.scalar_head
+
+        def score(batch, values):
+            return self._head(values, batch).values()
+
+        return score_batches(self.ddp, batches, score, self.world)
 
     def record_experts(self):
         """Context that yields the experts of the passes within it, for `update`."""
@@ -169,7 +143,7 @@ class Policy:
     def update(
         self,
         batches: list[PackedBatch],
-        loss: Loss,
+        loss: Loss | ValueLoss,
         temperature: float = 1.0,
         *,
         choices: Choices | None = None,
@@ -209,7 +183,7 @@ class Policy:
             return value, torch.zeros([], dtype=torch.int), metrics
 
         with playing(self.model, choices, replay=replay) as players:
-            metrics = self._reduce(self._run(batches, step, forward_only=False))
+            metrics = self._reduce(run_batches(self.ddp, batches, step, forward_only=False))
         if not torch.isfinite(torch.tensor(metrics["loss"])):
             raise FloatingPointError(
                 f"the loss of update {self.version + 1} is {metrics['loss']}; nothing was updated"
@@ -258,33 +232,18 @@ class Policy:
     def _tp_group(self) -> dist.ProcessGroup | None:
         return mpu.get_tensor_model_parallel_group() if self.world.tp > 1 else None
 
-    def _head(self, hidden, batch: PackedBatch, temperature: float) -> Head:
+    def _head(
+        self, output: torch.Tensor, batch: PackedBatch, temperature: float = 1.0
+    ) -> Head | ValueHead:
+        """What the loss is given of `output`, the last stage's."""
+        rows = output.index_select(0, batch.rows)
+        if self.scalar_head:
+            return ValueHead(rows)
         return Head(
-            hidden.index_select(0, batch.rows),
+            rows,
             self.model.head_weight,
             batch.targets,
             {"temperature": temperature, "tp_group": self._tp_group},
-        )
-
-    def _run(self, batches: list[PackedBatch], step, **schedule) -> list:
-        """Megatron's pipeline schedule over the micro-batches."""
-
-        def forward_step(iterator, model):
-            batch = next(iterator)
-            packing = Packing.of(batch.cu_seqlens, sequences=len(batch.mask))
-            output = model(
-                batch.tokens[None], batch.positions[None], None, packed_seq_params=packing
-            )
-            return output, partial(step, batch)
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.ddp],
-            num_microbatches=len(batches),
-            seq_length=max(b.tokens.numel() for b in batches),
-            micro_batch_size=1,
-            **schedule,
         )
 
     def _reduce(self, per_batch: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -301,17 +260,7 @@ class Policy:
                 name: (largest if name.startswith("max_") else total)[i].item()
                 for i, name in enumerate(names)
             }
-        return self._from_last_stage(metrics)
-
-    def _from_last_stage(self, value):
-        """What the last pipeline stage holds, on every stage."""
-        if self.world.pp == 1:
-            return value
-        sent = [value]
-        dist.broadcast_object_list(
-            sent, group_src=self.world.pp - 1, group=mpu.get_pipeline_model_parallel_group()
-        )
-        return sent[0]
+        return from_last_stage(metrics, self.world)
 
     # -- weights ----------------------------------------------------------------------------
 
@@ -352,7 +301,7 @@ class Policy:
         return export_whole(
             self.export,
             self.hf,
-            HFReader(self.source, self.hf) if self.options.init == "load" else None,
+            HFReader(self.source, self._source_hf) if self.options.init == "load" else None,
             mtp_is_trained=bool(self.config.mtp_num_layers),
             dtype=self.config.params_dtype,
             is_writer=self.world.is_main,
@@ -367,6 +316,7 @@ class Policy:
             like=self.source,
             is_writer=self.world.is_main,
             dtype=dtype or own,
+            scalar_head=self.scalar_head,
         )
 
     @property
