@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import TESTS
+from launch import ROOT, TESTS, torchrun
+from safetensors.torch import load_file, save_file
 from test_config import MINIMAL, refused
+from test_run import arguments, assert_equal_runs, model  # noqa: F401  (a fixture)
+from tiny_model import write_tiny_model
 
-from r1kern import distributed, ops
+from r1kern import cli, distributed, ops
 from r1kern.config import GRPO, PPOConfig, parse_config
+from r1kern.errors import UserError
+from r1kern.hf.scalar_head import describe_scalar_head
+from r1kern.report.metrics import read_metrics
 from r1kern.types import Completion, Prompt, Rollout, Score, Sequence
 
 WORKER = TESTS / "workers" / "ppo.py"
+LOOP = TESTS / "workers" / "train.py"
+CONFIG = ROOT / "configs" / "ppo_demo.yaml"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,11 +233,143 @@ def test_moments_whiten_to_mean_0_and_deviation_1(world):
     assert math.isnan(explained_variance(none, none))
 
 
-def test_options_that_have_no_part_in_ppo_are_refused():
+def test_options_that_have_no_part_in_ppo_are_refused(capfd):
     assert parse_config(PPOConfig, MINIMAL).ppo.lam == 1.0
+    assert cli.run(["ppo", str(CONFIG), "grpo.kl=k2"]) == 2
+    assert "grpo.kl has no part in PPO: remove it" in capfd.readouterr().err
     message = refused(MINIMAL | {"grpo": {"normalizer": "token"}}, PPOConfig)
     assert "grpo.normalizer has no part in PPO" in message
     message = refused(
         MINIMAL | {"train": {"steps": 3}, "ppo": {"critic_warmup_steps": 3}}, PPOConfig
     )
     assert "leaves none of train.steps = 3" in message
+
+
+# -- whole models ---------------------------------------------------------------------------------
+
+WHOLE, CUT = 4000, 60  # budgets: all in one micro-batch, and several
+SAME = 2e-6  # relative, float32: rounding of sums that are cut otherwise
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A policy, and a critic whose values are far from 0."""
+    folder = tmp_path_factory.mktemp("ppo")
+    write_tiny_model(folder / "policy", seed=3, num_hidden_layers=4)
+    write_tiny_model(folder / "critic", seed=4, num_hidden_layers=4)
+    file, config = folder / "critic" / "model.safetensors", folder / "critic" / "config.json"
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    tensors["score.weight"] = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) / 16
+    save_file(tensors, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(describe_scalar_head(json.loads(config.read_text()))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truth(folder, world):
+    """One rank with one micro-batch, in this process."""
+    from workers.ppo import run
+
+    return run(world, folder, WHOLE)
+
+
+@pytest.fixture(scope="module")
+def layouts(folder):
+    """Two ranks, by tensor-parallel size, pipeline stages and budget."""
+    cases, out = ["1,1", "2,1", "1,2"], folder / "out.json"
+    torchrun(2, WORKER, folder, out, *(f"{case},{CUT}" for case in cases))
+    return json.loads(out.read_text())
+
+
+def test_updates_do_not_depend_on_the_layout(truth, layouts):
+    told = ("loss", "grad_norm", "kl", "kl_penalty", "clip_fraction", "advantage/std")
+    told += tuple(f"value/{n}" for n in ("loss", "grad_norm", "mean", "explained_variance"))
+    for case, found in layouts.items():
+        assert found["microbatches"] == (1 if case == f"1,1,{CUT}" else 2)
+        for mine, theirs in zip(found["updates"], truth["updates"], strict=True):
+            for name in told:
+                assert mine[name] == pytest.approx(theirs[name], rel=SAME, abs=1e-7), (case, name)
+    first, second = truth["updates"]
+    for update in (first, second):
+        assert min(update["grad_norm"], update["value/grad_norm"]) > 0.1
+        assert update["advantage/std"] > 0.1
+        assert abs(update["kl_penalty"]) > 1e-3
+    assert second["clip_fraction"] > 0.05
+    assert second["value/loss"] < first["value/loss"]
+
+
+def test_a_checkpoint_has_both_models_and_goes_on_bit_equal(truth, layouts):
+    for found in (truth, *layouts.values()):
+        assert found["again"] == found["updates"][1]
+        assert found["equal"]
+        assert found["versions"] == [2, 2]
+
+
+def test_a_checkpoint_before_the_first_update(world, folder, tmp_path):
+    """As of a policy that waits for its critic."""
+    from workers.ppo import build, prepare, update
+
+    from r1kern.train.checkpoint import Checkpoints
+
+    policy, critic = build(world, folder, 1.0)
+    checkpoints, batches = Checkpoints(tmp_path, keep_last=1), prepare(world, policy, WHOLE)
+    checkpoints.save(policy, 1, {}, critic=critic)
+    others = build(world, folder, 0.5)
+    checkpoints.load(others[0], checkpoints.latest(), critic=others[1])
+    for _ in range(2):
+        assert update(*others, batches) == update(policy, critic, batches)
+    checkpoints.save(policy, 2, {})
+    with pytest.raises(UserError, match="a run without a critic: go on with `r1kern train`"):
+        checkpoints.load(policy, checkpoints.latest(), critic=critic)
+
+
+# -- whole runs -----------------------------------------------------------------------------------
+
+LONG = [
+    "grpo.beta=0.01",
+    "grpo.updates_per_batch=2",
+    "optim.schedule=cosine",
+    "ppo.critic_warmup_steps=1",
+    "ppo.lam=0.95",
+    "train.save_every=1",
+]
+
+
+def run_loop(processes, phases, model, folder, *more):  # noqa: F811
+    """A short PPO run in which random completions earn uneven rewards."""
+    overrides = [*arguments(model, folder, *more)[1:], *LONG]
+    kills = 0 if phases == "-" else phases.count(",") + 1
+    torchrun(processes, LOOP, phases, CONFIG, *overrides, restarts=kills)
+
+
+def check_metrics(records):
+    """Of a run with a step of warm-up and two updates a batch."""
+    assert "clip_fraction" not in records[0]
+    assert records[0]["weight_version"] == 0
+    assert records[0]["value/mean"] == 0  # its head starts at 0
+    assert records[0]["kl_penalty"] == pytest.approx(0, abs=1e-6)
+    for step, record in enumerate(records[1:], 1):
+        assert record["weight_version"] == 2 * step
+        assert 0 < record["max_mismatch"] < 1e-4
+        assert record["kl_penalty"] != 0
+        assert record["kl"] > 0
+    for record in records:
+        assert record["value/explained_variance"] <= 1
+        assert min(record["value/loss"], record["value/grad_norm"], record["advantage/std"]) > 0
+        assert record["seconds/update critic"] > 0
+    assert records[-1]["value/mean"] != 0
+
+
+def test_a_short_run(model, tmp_path):  # noqa: F811
+    run_loop(1, "-", model, tmp_path / "run", "train.steps=2")
+    check_metrics(read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.full
+def test_killed_run_resumes_by_itself_bit_equal(model, tmp_path):  # noqa: F811
+    run_loop(2, "-", model, tmp_path / "whole")
+    check_metrics(read_metrics(tmp_path / "whole"))
+    run_loop(2, "values,update critic,update,save", model, tmp_path / "run")
+    assert (tmp_path / "run" / "kills").read_text().count("\n") == 4
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")

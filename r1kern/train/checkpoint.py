@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from r1kern.errors import UserError
 from r1kern.train.checkpoint_writer import Snapshot, take_snapshot, write_files, write_index
+from r1kern.train.optimizer import ensure_state
 from r1kern.train.policy import Policy
 
 STATE = "state.json"
@@ -273,6 +274,8 @@ def _sharded_state(policy: Policy, *, loading: bool) -> dict:
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
     model = policy.model.sharded_state_dict(metadata=metadata)
+    if not loading:
+        ensure_state(policy.optimizer)
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 

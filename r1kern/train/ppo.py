@@ -1,9 +1,9 @@
 """PPO with a value model (arXiv 1707.06347): the baseline that GRPO replaces.
 
-`PPO.step` is the algorithm.  Sampling, grading, weight sync, evaluation and checkpoints are those of
-`GRPO`; what differs is that a critic of the policy's size, trained beside it, gives each token an
-advantage of its own (arXiv 2501.12948, Figure 4 and supplement A.3, where lambda is 0.95 or 1; arXiv
-2402.03300, equations 1 and 2) instead of the group giving one to the whole completion.
+`PPO.step` is the algorithm.  Sampling, grading, weight sync, evaluation and checkpoints are those
+of `GRPO`; what differs is that a critic of the policy's size, trained beside it, gives each token
+an advantage of its own (arXiv 2501.12948, Figure 4, where lambda is 0.95 or 1; arXiv 2402.03300,
+equations 1 and 2) instead of the group giving one to the whole completion.
 
 Where this differs from the paper, which names few details: the objective is the mean over all
 tokens of the batch; advantages are whitened unless `ppo.whiten` is off; one pass over each batch.
@@ -15,27 +15,24 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
-from megatron.core import parallel_state as mpu
-
 from r1kern.config import PPOConfig
 from r1kern.distributed import World
 from r1kern.rewards.score import Reward
-from r1kern.train.advantage import Moments, explained_variance, gae, token_rewards
 from r1kern.train.grpo import GRPO, Update
-from r1kern.train.head import Loss
+from r1kern.train.head import ValueLoss
 from r1kern.train.objective import counts, split
 from r1kern.train.packing import plan_batches
 from r1kern.train.policy import Policy
-from r1kern.train.ppo_objective import critic_loss, ppo_policy_loss, to_rewarded
+from r1kern.train.ppo_objective import critic_loss, ppo_policy_loss, to_rewarded, with_advantages
 from r1kern.train.step_metrics import rollout_metrics
-from r1kern.types import PackedBatch, Rollout
+from r1kern.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOUpdate(Update):
     """An optimizer step of the policy and one of the critic, on the same micro-batches."""
 
-    critic_loss: Loss
+    critic_loss: ValueLoss
 
 
 class PPO(GRPO):
@@ -79,7 +76,8 @@ class PPO(GRPO):
                 updates = [self.with_logps(u, "ref_logps") for u in updates]
         with ledger("values"):
             updates = [self.with_values(u) for u in updates]
-        updates, told = self.with_advantages(updates)
+        with ledger("advantages"):
+            updates, told = self.with_advantages(updates)
         metrics |= rollout_metrics(self.rollouts) | told
         with ledger("update critic"):
             self.critic.host_copies.back()
@@ -131,24 +129,12 @@ class PPO(GRPO):
         ]
         return dataclasses.replace(update, batches=batches)
 
-    def with_advantages(self, updates: list[PPOUpdate]) -> tuple[list[PPOUpdate], dict]:
-        """`updates` with returns and advantages of every token, and what is to be told of them."""
-        estimated = [[self._estimate(batch) for batch in u.batches] for u in updates]
-        told, advantages = advantage_metrics([batch for u in estimated for batch in u])
-        if self.config.ppo.whiten:
-            estimated = [[whitened(batch, advantages) for batch in u] for u in estimated]
+    def with_advantages(self, updates: list[PPOUpdate]) -> tuple[list[PPOUpdate], dict[str, float]]:
+        """`updates` with returns and advantages of every token, and metrics of them."""
+        batches = [update.batches for update in updates]
+        estimated, metrics = with_advantages(batches, self.config.ppo, self.config.grpo.beta)
         replaced = zip(updates, estimated, strict=True)
-        return [dataclasses.replace(u, batches=batches) for u, batches in replaced], told
-
-    def _estimate(self, batch: PackedBatch) -> PackedBatch:
-        options = self.config.ppo
-        rewards = token_rewards(
-            batch.advantages, batch.mask, batch.old_logps, batch.ref_logps, self.config.grpo.beta
-        )
-        advantages, returns = gae(
-            rewards, batch.values, batch.mask, gamma=options.gamma, lam=options.lam
-        )
-        return dataclasses.replace(batch, token_advantages=advantages, returns=returns)
+        return [dataclasses.replace(u, batches=found) for u, found in replaced], metrics
 
     def _to_generator(self, tag: str) -> dict[str, float]:
         with self.ledger("wake"):
@@ -158,30 +144,3 @@ class PPO(GRPO):
     def _rest_critic(self) -> None:
         if self._offloads:
             self.critic.host_copies.out()
-
-
-def advantage_metrics(batches: list[PackedBatch]) -> tuple[dict[str, float], Moments]:
-    """Means and deviations over the tokens of all replicas; the advantages' moments."""
-
-    def moments(of) -> Moments:
-        group = mpu.get_data_parallel_group()
-        return Moments([batch.flat(of(batch)) for batch in batches], group)
-
-    advantages, returns = moments(lambda b: b.token_advantages), moments(lambda b: b.returns)
-    values, errors = moments(lambda b: b.values), moments(lambda b: b.returns - b.values)
-    told = {
-        "value/mean": values.mean,
-        "value/return": returns.mean,
-        "value/explained_variance": explained_variance(errors, returns),
-        "advantage/mean": advantages.mean,
-        "advantage/std": advantages.variance**0.5,
-    }
-    if batches[0].ref_logps is not None:
-        told["kl_penalty"] = moments(lambda b: b.old_logps - b.ref_logps).mean
-    return told, advantages
-
-
-def whitened(batch: PackedBatch, advantages: Moments) -> PackedBatch:
-    """`batch` with its token advantages at mean 0 and deviation 1 of the whole step's."""
-    white = advantages.whiten(batch.token_advantages, batch.mask)
-    return dataclasses.replace(batch, token_advantages=white)

@@ -1,12 +1,17 @@
-"""PPO's two losses on a packed micro-batch: the policy's and the critic's."""
+"""From graded rollouts to PPO's two losses: token advantages, the policy's loss, the critic's."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from megatron.core import parallel_state as mpu
 
 from r1kern import ops
 from r1kern.config import GRPO as Options
-from r1kern.train.head import Head
+from r1kern.config import PPO
+from r1kern.train.advantage import Moments, explained_variance, gae, token_rewards
+from r1kern.train.head import Head, ValueHead
 from r1kern.types import PackedBatch, Rollout, Sequence
 
 
@@ -21,6 +26,59 @@ def to_rewarded(rollouts: list[Rollout], options: Options) -> list[Sequence]:
         for completion, score in zip(rollout.completions, rollout.scores, strict=True)
         if score.failure is None and not (options.drop_truncated and completion.finish == "length")
     ]
+
+
+def with_advantages(
+    updates: list[list[PackedBatch]], options: PPO, beta: float
+) -> tuple[list[list[PackedBatch]], dict[str, float]]:
+    """This replica's micro-batches of a step's updates with the advantages and returns of tokens.
+
+    Args:
+        updates: with `values`, and where `beta` is not 0 with `old_logps` and `ref_logps`.
+        beta: weight of the KL penalty.
+
+    Returns:
+        They, and metrics over the tokens of all replicas.
+    """
+    found = [[_estimate(batch, options, beta) for batch in update] for update in updates]
+    advantages, metrics = _moments([batch for update in found for batch in update])
+    if options.whiten:
+        found = [[_whitened(batch, advantages) for batch in update] for update in found]
+    return found, metrics
+
+
+def _estimate(batch: PackedBatch, options: PPO, beta: float) -> PackedBatch:
+    rewards = token_rewards(batch.advantages, batch.mask, batch.old_logps, batch.ref_logps, beta)
+    advantages, returns = gae(
+        rewards, batch.values, batch.mask, gamma=options.gamma, lam=options.lam
+    )
+    return dataclasses.replace(batch, token_advantages=advantages, returns=returns)
+
+
+def _whitened(batch: PackedBatch, advantages: Moments) -> PackedBatch:
+    white = advantages.whiten(batch.token_advantages, batch.mask)
+    return dataclasses.replace(batch, token_advantages=white)
+
+
+def _moments(batches: list[PackedBatch]) -> tuple[Moments, dict[str, float]]:
+    """The advantages' moments, and what a step's metrics tell."""
+
+    def moments(of) -> Moments:
+        group = mpu.get_data_parallel_group()
+        return Moments([batch.flat(of(batch)) for batch in batches], group)
+
+    advantages, returns = moments(lambda b: b.token_advantages), moments(lambda b: b.returns)
+    values, errors = moments(lambda b: b.values), moments(lambda b: b.returns - b.values)
+    metrics = {
+        "value/mean": values.mean,
+        "value/return": returns.mean,
+        "value/explained_variance": explained_variance(errors, returns),
+        "advantage/mean": advantages.mean,
+        "advantage/std": advantages.variance**0.5,
+    }
+    if batches[0].ref_logps is not None:
+        metrics["kl_penalty"] = moments(lambda b: b.old_logps - b.ref_logps).mean
+    return advantages, metrics
 
 
 def ppo_policy_loss(
@@ -81,7 +139,7 @@ def value_loss(
 
 
 def critic_loss(
-    head: Head, batch: PackedBatch, *, clip: float | None, num_tokens: int
+    head: ValueHead, batch: PackedBatch, *, clip: float | None, num_tokens: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`value_loss`, mean over the tokens of the global batch."""
     losses, active = value_loss(
