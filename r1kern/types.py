@@ -127,6 +127,8 @@ class PackedBatch:
         advantages: float32 [B].
         sampled_logps: float32 [B, S], generator log-probs, 0 under the mask.
         old_logps, ref_logps: float32 [B, S], trainer log-probs once computed.
+        values, returns, token_advantages: float32 [B, S], PPO's, once computed: the critic's values
+            before the update, what it is to learn, and the advantage of each token.
     """
 
     tokens: torch.Tensor
@@ -140,6 +142,9 @@ class PackedBatch:
     sampled_logps: torch.Tensor
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    token_advantages: torch.Tensor | None = None
 
     @property
     def sequence_ids(self) -> torch.Tensor:

@@ -24,6 +24,20 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
 
 
 @app.command()
+def ppo(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Reinforcement learning with PPO and a value model, the baseline that GRPO replaces."""
+    from r1kern.config import PPOConfig, load_config
+
+    options = load_config(PPOConfig, config, overrides or [])
+    world = start(options)
+    from r1kern.train.ppo import PPO
+
+    with deadline("building policy, critic and generator", options.run.deadline_s):
+        trainer = PPO(options, world)
+    drive(trainer, resume)
+
+
+@app.command()
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Supervised fine-tuning on (problem, completion) records: the cold start."""
     from r1kern.config import SFTConfig, load_config

@@ -2,6 +2,7 @@
 
 from r1kern.config.load import dump_config, load_config, parse_config
 from r1kern.config.pipeline import PipelineConfig
+from r1kern.config.ppo import PPO, PPOConfig
 from r1kern.config.reward import PreferenceData, RewardConfig, RewardTrain
 from r1kern.config.sections import (
     GRPO,
@@ -26,6 +27,7 @@ from r1kern.config.train import SFTConfig, SFTTrain, TrainConfig
 
 __all__ = [
     "GRPO",
+    "PPO",
     "Data",
     "Eval",
     "Experts",
@@ -34,6 +36,7 @@ __all__ = [
     "Judge",
     "Model",
     "Optim",
+    "PPOConfig",
     "Parallel",
     "PipelineConfig",
     "PreferenceData",

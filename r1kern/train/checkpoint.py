@@ -23,10 +23,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
 from r1kern.errors import UserError
 from r1kern.train.checkpoint_writer import Snapshot, take_snapshot, write_files, write_index
+from r1kern.train.optimizer import ensure_state
 from r1kern.train.policy import Policy
 
 STATE = "state.json"
@@ -51,6 +53,7 @@ class Checkpoints:
 
     * weights, expert biases, master weights, moments, the optimizer's step: Megatron's files,
       which any layout of the same model can load;
+    * the same of a critic, where the run has one, in the same files under `critic.`;
     * learning-rate schedule, weight version, step (which places the metrics), and what the loop's
       `state` adds (data cursor and its data set, sampling options): `state.json`;
     * python, numpy, torch and CUDA random states of every rank: `random_RANK.pt`, used when the
@@ -89,27 +92,25 @@ class Checkpoints:
         """A save has begun that `finish` has not seen the end of."""
         return self._writing is not None
 
-    def save(self, policy: Policy, step: int, state: dict) -> None:
+    def save(self, policy: Policy, step: int, state: dict, *, critic: Policy | None = None) -> None:
         """Write everything that continuing after `step` steps needs; collective.
 
         An earlier save that is still being written is waited for.
 
         Args:
             state: JSON values of the loop (data cursor, ...).
+            critic: the second model of the run.
 
         Raises:
             UserError: the disk is full or not writable; earlier checkpoints stand.
         """
         self.finish()
         final = self.folder / f"step_{step:06d}"
-        extra = {
-            "step": step,
-            "version": policy.version,
-            "world_size": dist.get_world_size(),
-            "scheduler": policy.scheduler.state_dict(),
-        }
+        extra = {"step": step, "world_size": dist.get_world_size(), **_progress(policy)}
+        if critic is not None:
+            extra["critic"] = _progress(critic)
         try:
-            snapshot = self._snapshot(policy, final.with_suffix(SCRATCH))
+            snapshot = self._snapshot(policy, critic, final.with_suffix(SCRATCH))
         except FAILURES as error:
             raise self._failure(final, _one_line(error)) from error
         random_state = _random_state()
@@ -151,14 +152,15 @@ class Checkpoints:
             f"{self.latest() or 'none'}"
         )
 
-    def _snapshot(self, policy: Policy, scratch: Path) -> Snapshot:
+    def _snapshot(self, policy: Policy, critic: Policy | None, scratch: Path) -> Snapshot:
         if dist.get_rank() == 0:
             for left in self.folder.glob(f"*{SCRATCH}"):  # of a process that was killed
                 shutil.rmtree(left)
         dist.barrier()
         scratch.mkdir(parents=True, exist_ok=True)
-        live = [*policy.model.parameters(), *policy.model.buffers()]
-        return take_snapshot(_sharded_state(policy, loading=False), scratch, live)
+        models = [policy.model] if critic is None else [policy.model, critic.model]
+        live = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        return take_snapshot(_both(policy, critic, loading=False), scratch, live)
 
     # -- in the thread ----------------------------------------------------------------------
 
@@ -198,8 +200,8 @@ class Checkpoints:
 
     # -- back -------------------------------------------------------------------------------
 
-    def load(self, policy: Policy, path: Path) -> dict:
-        """Put the policy and this rank's random state where they were; returns the loop's state.
+    def load(self, policy: Policy, path: Path, *, critic: Policy | None = None) -> dict:
+        """Put models and this rank's random state where they were; returns the loop's state.
 
         Raises:
             UserError: not a checkpoint of ours, cut short, of another model, or unsafe.
@@ -210,9 +212,14 @@ class Checkpoints:
                 f"step_NNNNNN from a run's checkpoints/"
             )
         refuse_unsafe_pickle(path / ".metadata")
-        wanted = _sharded_state(policy, loading=True)
+        wanted = _both(policy, critic, loading=True)
         try:
             state = json.loads((path / STATE).read_text())
+            if critic is not None and "critic" not in state:
+                raise UserError(
+                    f"checkpoint {path} is of a run without a critic: go on with `r1kern train`, "
+                    f"or set another run.folder"
+                )
             random_state = None
             if state["world_size"] == dist.get_world_size():
                 random_state = torch.load(path / f"random_{dist.get_rank()}.pt", weights_only=True)
@@ -222,11 +229,9 @@ class Checkpoints:
                 f"checkpoint {path} cannot be loaded ({_one_line(error)}): it is damaged or of "
                 f"another model; remove it to resume from the one before"
             ) from error
-        policy.model.load_state_dict(loaded["model"], strict=False)
-        policy.optimizer.load_state_dict(loaded["optimizer"])
-        policy.scheduler.num_steps = 0  # its `load_state_dict` adds to it
-        policy.scheduler.load_state_dict(state["scheduler"])
-        policy.version = state["version"]
+        _put_back(policy, loaded, state)
+        if critic is not None:
+            _put_back(critic, loaded["critic"], state["critic"])
         if random_state is not None:
             _restore_random_state(random_state)
         return state
@@ -240,6 +245,27 @@ class _Writing(NamedTuple):
     device: torch.device
 
 
+def _progress(policy: Policy) -> dict:
+    """What is neither weights nor the optimizer's, as JSON values."""
+    return {"version": policy.version, "scheduler": policy.scheduler.state_dict()}
+
+
+def _put_back(policy: Policy, loaded: dict, progress: dict) -> None:
+    policy.model.load_state_dict(loaded["model"], strict=False)
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    policy.scheduler.num_steps = 0  # its `load_state_dict` adds to it
+    policy.scheduler.load_state_dict(progress["scheduler"])
+    policy.version = progress["version"]
+
+
+def _both(policy: Policy, critic: Policy | None, *, loading: bool) -> dict:
+    state = _sharded_state(policy, loading=loading)
+    if critic is not None:
+        state["critic"] = _sharded_state(critic, loading=loading)
+        add_prefix_for_sharding(state["critic"], "critic.")
+    return state
+
+
 def _sharded_state(policy: Policy, *, loading: bool) -> dict:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -248,6 +274,8 @@ def _sharded_state(policy: Policy, *, loading: bool) -> dict:
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
     model = policy.model.sharded_state_dict(metadata=metadata)
+    if not loading:
+        ensure_state(policy.optimizer)
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 

@@ -40,12 +40,19 @@ def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype)
             f"{path} is missing, which says what {step} was trained from: give a checkpoint in "
             f"its run's folder"
         )
+<<<<<<< HEAD
     options = load_config(_kind(yaml.safe_load(path.read_text())), path)
     is_reward = isinstance(options, RewardConfig)
     model = options.model.model_copy(update={"init": "random"})
     policy = Policy(model, Parallel(), Optim(), world, total_updates=1, scalar_head=is_reward)
     if is_reward:
         policy.config_entries = reading_entry(options.data)
+=======
+    sections = yaml.safe_load(path.read_text())
+    kind = PPOConfig if "ppo" in sections else TrainConfig if "rollout" in sections else SFTConfig
+    model = load_config(kind, path).model.model_copy(update={"init": "random"})
+    policy = Policy(model, Parallel(), Optim(), world, total_updates=1)
+>>>>>>> 49d8b09258da9a4c023572ecbacf2cda6f9396da
     refuse_unsafe_pickle(step / ".metadata")
     metadata = {
         "singleton_local_shards": False,
@@ -65,6 +72,8 @@ def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype)
 
 def _kind(options: dict) -> type[TrainConfig] | type[SFTConfig] | type[RewardConfig]:
     """The command whose resolved options these are."""
+    if "ppo" in options:
+        return PPOConfig
     if "rollout" in options:
         return TrainConfig
     return RewardConfig if "reads" in options["data"] else SFTConfig

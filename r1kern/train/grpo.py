@@ -63,7 +63,10 @@ class GRPO:
     Attributes:
         policy, generator: the two stateful parts.
         rollouts: the graded groups of the last step, of all replicas.
+        critic: no second model (see `PPO`).
     """
+
+    critic: Policy | None = None
 
     def __init__(
         self, config: TrainConfig, world: World, *, rewards: dict[str, Reward] | None = None
@@ -160,11 +163,7 @@ class GRPO:
                     replay=self.config.experts.replay == "old_policy",
                 )
         self._check_mismatch(metrics["max_mismatch"])
-        metrics |= self._to_generator("weights")
-        with ledger("sync"):
-            metrics |= sync_metrics(self.sync(), self.sync_plan)
-        self.done += 1
-        return metrics | {"lr": self.policy.lr, "weight_version": float(self.policy.version)}
+        return metrics | self.hand_over()
 
     # -- parts of a step --------------------------------------------------------------------
 
@@ -251,6 +250,14 @@ class GRPO:
         with self.policy.record_experts() as choices:
             update = self.with_logps(update, "old_logps")
         return dataclasses.replace(update, choices=choices)
+
+    def hand_over(self) -> dict[str, float]:
+        """The end of a step: the new weights into the generator."""
+        metrics = self._to_generator("weights")
+        with self.ledger("sync"):
+            metrics |= sync_metrics(self.sync(), self.sync_plan)
+        self.done += 1
+        return metrics | {"lr": self.policy.lr, "weight_version": float(self.policy.version)}
 
     def _check_mismatch(self, largest: float) -> None:
         limit = self.config.train.mismatch_limit

@@ -39,6 +39,7 @@ class Trainer(Protocol):
     config: TrainConfig | SFTConfig | RewardConfig
     world: World
     policy: Policy
+    critic: Policy | None  # a second model, trained and saved beside the policy
     ledger: Ledger
 
     def step(self) -> dict[str, float]:
@@ -143,8 +144,9 @@ def _checkpoint(trainer: Trainer, checkpoints: Checkpoints, done: int, *, last: 
     """Save when it is time to; otherwise see to the save in flight."""
     if last or _due(done, trainer.config.train.save_every):
         with trainer.ledger("save"):
-            trainer.policy.host_copies.back()
-            checkpoints.save(trainer.policy, done, trainer.state())
+            for model in filter(None, (trainer.policy, trainer.critic)):
+                model.host_copies.back()
+            checkpoints.save(trainer.policy, done, trainer.state(), critic=trainer.critic)
             if last:
                 checkpoints.finish()
     elif checkpoints.in_flight:
@@ -164,7 +166,7 @@ def _begin(trainer: Trainer, folder: Path, checkpoints: Checkpoints, resume: boo
     dist.barrier()  # nobody writes before everybody has looked
     first = 0
     if latest is not None:
-        state = checkpoints.load(trainer.policy, latest)
+        state = checkpoints.load(trainer.policy, latest, critic=trainer.critic)
         first = state["step"]
     if trainer.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,20 @@ def build_optimizer(
     )
 
 
+def ensure_state(optimizer: MegatronOptimizer) -> None:
+    """Zero moments where no update has made any: a checkpoint of untouched weights needs them."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:
+            continue  # a rank without parameters of this kind
+        if not isinstance(part.optimizer, adam.Adam):  # Transformer Engine's
+            part.init_state_fn(part.optimizer, part.config)
+            continue
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                if param.numel() and not part.optimizer.state[param]:
+                    part.optimizer.initialize_state(param)
+
+
 def build_scheduler(
     optim: Optim, optimizer: MegatronOptimizer, total_updates: int
 ) -> OptimizerParamScheduler:

@@ -21,6 +21,8 @@ from r1kern.types import PackedBatch
 class SFT:
     """Next-token prediction on the completions, mean over the tokens of the global batch."""
 
+    critic = None
+
     def __init__(self, config: SFTConfig, world: World):
         self.config, self.world, self.ledger = config, world, Ledger(config.run.deadline_s)
         tokenizer = load_tokenizer(

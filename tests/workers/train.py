@@ -1,4 +1,4 @@
-"""Worker: a GRPO run with a reward of its own, of which one rank is SIGKILLed in given phases.
+"""Worker: a GRPO or PPO run with its own reward, of which one rank is SIGKILLed in given phases.
 
     torchrun train.py PHASE,... CONFIG OVERRIDES ... [--resume]
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from r1kern import cli, distributed
 from r1kern.cli import training
-from r1kern.config import TrainConfig, load_config
+from r1kern.config import PPOConfig, TrainConfig, load_config
 from r1kern.report.ledger import Ledger
 
 IN_SAVE = ("save", "save at once", "publish")
@@ -36,7 +36,9 @@ def main(phases: list[str], config: str, overrides: list[str]) -> None:
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     phase = phases[attempt] if attempt < len(phases) else "-"
     overrides = [*overrides, f"train.async_save={phase != 'save at once'}"]
-    options = load_config(TrainConfig, config, [o for o in overrides if o != "--resume"])
+    with_critic = "ppo" in Path(config).name
+    kind = PPOConfig if with_critic else TrainConfig
+    options = load_config(kind, config, [o for o in overrides if o != "--resume"])
     parallel = options.parallel
     world = distributed.start(
         tp=parallel.tp,
@@ -45,9 +47,9 @@ def main(phases: list[str], config: str, overrides: list[str]) -> None:
         deadline_s=options.run.deadline_s,
         config=options.model_dump(mode="json"),
     )
-    from r1kern.train import grpo
+    from r1kern.train import grpo, ppo
 
-    trainer = grpo.GRPO(options, world, rewards={"variety": variety})
+    trainer = (ppo.PPO if with_critic else grpo.GRPO)(options, world, rewards={"variety": variety})
     # Rank 0 writes the replicated tensors and publishes; for the other phases the ranks take turns.
     victim = 0 if phase in IN_SAVE else attempt % world.size
     if phase != "-" and world.rank == victim:
