@@ -1,5 +1,6 @@
 """Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
 
+from r1kern.config.evaluation import Benchmark, EvalConfig, Protocol
 from r1kern.config.load import dump_config, load_config, parse_config
 from r1kern.config.sections import (
     GRPO,
@@ -24,8 +25,10 @@ from r1kern.config.train import SFTConfig, SFTTrain, TrainConfig
 
 __all__ = [
     "GRPO",
+    "Benchmark",
     "Data",
     "Eval",
+    "EvalConfig",
     "Experts",
     "Generator",
     "Grading",
@@ -33,6 +36,7 @@ __all__ = [
     "Model",
     "Optim",
     "Parallel",
+    "Protocol",
     "RecomputedPart",
     "RewardModel",
     "Rollout",
