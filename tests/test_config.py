@@ -7,7 +7,9 @@ from launch import ROOT
 from tiny_model import tiny_config
 
 from r1kern.config import (
+    EvalConfig,
     Parallel,
+    PipelineConfig,
     PPOConfig,
     SFTConfig,
     TrainConfig,
@@ -22,10 +24,24 @@ from r1kern.hf.layout import stage_layers
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_shipped_files_load_and_survive_a_round_trip(path, tmp_path):
-    kind = SFTConfig if "sft" in path.name else PPOConfig if "ppo" in path.name else TrainConfig
-    config = load_config(kind, path)
+# What a shipped file configures, by how its path below configs/ starts.
+KINDS = {
+    "demo_sft": SFTConfig,
+    "distil/": SFTConfig,
+    "eval_": EvalConfig,
+    "pipeline_": PipelineConfig,
+    "ppo_": PPOConfig,
+    "": TrainConfig,
+}
+SHIPPED = sorted(
+    str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_load_and_round_trip(name, tmp_path):
+    kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
+    config = load_config(kind, ROOT / "configs" / name)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(kind, tmp_path / "again.yaml") == config
 

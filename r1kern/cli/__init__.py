@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 from r1kern.cli import (  # noqa: F401  (they join the application)
+    evaluation,
     machine,
     models,
     recipe,

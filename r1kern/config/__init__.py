@@ -1,5 +1,6 @@
 """Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
 
+from r1kern.config.evaluation import Benchmark, EvalConfig, Protocol
 from r1kern.config.load import dump_config, load_config, parse_config
 from r1kern.config.pipeline import PipelineConfig
 from r1kern.config.ppo import PPO, PPOConfig
@@ -28,8 +29,10 @@ from r1kern.config.train import SFTConfig, SFTTrain, TrainConfig
 __all__ = [
     "GRPO",
     "PPO",
+    "Benchmark",
     "Data",
     "Eval",
+    "EvalConfig",
     "Experts",
     "Generator",
     "Grading",
@@ -40,6 +43,7 @@ __all__ = [
     "Parallel",
     "PipelineConfig",
     "PreferenceData",
+    "Protocol",
     "RecomputedPart",
     "RewardConfig",
     "RewardModel",

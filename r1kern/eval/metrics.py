@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from r1kern.rewards.math import shared_grader
 
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples is correct: 1 - C(n-c, k) / C(n, k).
@@ -81,3 +83,39 @@ def _class_of(answer: str, firsts: list[str]) -> str:
         if verdicts[2 * i].correct or verdicts[2 * i + 1].correct:
             return first
     return answer
+
+
+def confidence_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """95 % confidence interval of pass@1 over problems drawn like these.
+
+    With one sample a problem it is Wilson's score interval. With more, the normal approximation
+    over the problems' own pass rates, whose spread holds both that of the problems and that of the
+    samples; it says nothing where all problems have the same rate.
+
+    Args:
+        correct: the samples of each problem.
+
+    Raises:
+        ValueError: as `pass_at_1`.
+    """
+    rate, n = pass_at_1(correct), len(correct)
+    if all(len(samples) == 1 for samples in correct):
+        return wilson_interval(sum(bool(samples[0]) for samples in correct), n)
+    rates = [pass_at_1(samples) for samples in correct]
+    variance = sum((r - rate) ** 2 for r in rates) / max(1, n - 1)
+    half = Z95 * (variance / n) ** 0.5
+    return max(0.0, rate - half), min(1.0, rate + half)
+
+
+def wilson_interval(c: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion of c in n (Wilson 1927).
+
+    Raises:
+        ValueError: unless 0 <= c <= n and n > 0.
+    """
+    if not 0 <= c <= n or n == 0:
+        raise ValueError(f"a proportion needs 0 <= c <= n and n > 0, not c={c}, n={n}")
+    z2 = Z95 * Z95
+    middle = (c + z2 / 2) / (n + z2)
+    half = Z95 * (c * (n - c) / n + z2 / 4) ** 0.5 / (n + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -8,7 +8,7 @@ import yaml
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 
-from r1kern.config import Optim, Parallel, RewardConfig, SFTConfig, TrainConfig, load_config
+from r1kern.config import Optim, Parallel, PPOConfig, RewardConfig, SFTConfig, TrainConfig, load_config
 from r1kern.distributed import World
 from r1kern.errors import UserError
 from r1kern.hf.dtype import ExportDtype
