@@ -41,7 +41,7 @@ class Axis:
             return f"{100 * tick:.{digits(100 * step)}f}"
         if max(abs(self.low), abs(self.high)) >= 1e4:
             return _with_prefix(tick, step)
-        if step < 1e-3:
+        if step < 1e-3 and max(abs(self.low), abs(self.high)) < 1e-2:
             return "0" if tick == 0 else f"{tick:.{_mantissa(tick, step)}e}".replace("e-0", "e-")
         return f"{tick:.{digits(step)}f}"
 
@@ -60,10 +60,10 @@ def _mantissa(tick: float, step: float) -> int:
 def linear(
     low: float, high: float, start: float, end: float, *, ticks: int = 5, percent: bool = False
 ) -> Axis:
-    """From `low` to `high`, widened to round ticks."""
-    if high <= low:
-        pad = abs(low) / 2 or 0.5
-        low, high = low - pad, high + pad
+    """From `low` to `high`, widened to round ticks; differences of less than 1 ‰ look flat."""
+    least = 1e-3 * max(abs(low), abs(high)) or 1.0
+    if high - low < least:
+        low, high = low - least / 2, high + least / 2
     step = nice((high - low) / ticks)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     marks = tuple(i * step for i in range(first, last + 1))

@@ -58,7 +58,7 @@ def line_chart(
     xs = [x for s in lines for x in s.x]
     across = axis.steps(min(xs), max(xs), LEFT, RIGHT)
     up = _vertical(lines, style)
-    body = [frame(across, up, style.x, style.unit + (", log scale" if style.log else ""))]
+    body = [frame(across, up, style.x, style.unit)]
     body += [_line(s, across, up, i % COLOURS) for i, s in enumerate(lines)]
     values = {
         "left": across(across.low),
@@ -68,6 +68,7 @@ def line_chart(
         "percent": style.percent,
         "series": [_values(s) for s in lines],
     }
+    title += " (log scale)" if style.log else ""
     return figure(title, [s.name for s in lines], body, values, _caption(lines, style, below))
 
 
@@ -233,7 +234,10 @@ def _caption(lines: list[Series], style: Style, below: int) -> str:
         notes.append(f"Points: means of {plural(size, 'step')}; shade: least to greatest of them.")
         point = "every point"
     if averaged > 1:
-        notes.append(f"Dots: {point}; line: centred mean of {averaged} points.")
-    if any(s.half for s in lines):
-        notes.append("Shade: 95 % interval.")
+        notes.append(f"Dots: {point}; line: centred mean of up to {averaged} points.")
+    evaluations = max((len(s.present) for s in lines if s.spaced), default=0)
+    if evaluations:
+        notes.append(f"{plural(evaluations, 'evaluation')}, joined for the eye.")
+    if any(_interval(s) for s in lines):
+        notes.append("Shade: 95 % interval over problems.")
     return " ".join(notes)

@@ -33,10 +33,14 @@ def lineage(stages: list[Stage]) -> str:
 
 
 def _layers(edges: list[list[tuple[int, str]]]) -> list[int]:
-    """Longest way to each stage; edges lead from earlier stages to later ones."""
+    """Longest way to each stage; one that nothing feeds stands right above what it feeds."""
     layers: list[int] = []
     for sources in edges:
         layers.append(max((layers[a] + 1 for a, _ in sources), default=0))
+    for i, sources in enumerate(edges):
+        fed = [layers[b] for b, e in enumerate(edges) if i in dict(e)]
+        if not sources and fed:
+            layers[i] = min(fed) - 1
     return layers
 
 
@@ -62,12 +66,9 @@ def _edges(target: int, sources: list[tuple[int, str]], places, long) -> str:
         (x0, y0), (x1, y1) = places[source], places[target]
         if (source, target) in long:
             lane = PAD + LANE * long.index((source, target)) + LANE / 2
-            start, end = y0 + BOX_H * 0.7, y1 + BOX_H * 0.3
-            d = (
-                f"M{x0} {start}H{lane + 10}Q{lane} {start} {lane} {start + 10}"
-                f"V{end - 10}Q{lane} {end} {lane + 10} {end}H{x1 - 1}"
-            )
-            where = f'x="{lane + 6}" y="{end - 6}" text-anchor="start"'
+            start, end = y0 + BOX_H + GAP_Y * 0.3, y1 - GAP_Y * 0.4  # in the gaps between layers
+            d = f"M{x0 + 40} {y0 + BOX_H}V{start}H{lane}V{end}H{x1 + 40}V{y1 - 1}"
+            where = f'x="{lane + 6}" y="{end - 5}" text-anchor="start"'
         else:
             a, b, y = x0 + BOX_W / 2, x1 + BOX_W / 2, (y0 + BOX_H + y1) / 2
             d = f"M{a} {y0 + BOX_H}C{a} {y} {b} {y} {b} {y1 - 1}"
@@ -86,9 +87,9 @@ def _box(stage: Stage, place: tuple[int, int], index: int, *, external: list[str
     counts = " · ".join(f"{label} {short(value)}" for label, value in stage.counts.items())
     lines = [
         (22, "name", brief(f"{index + 1}. {stage.name}", 36)),
-        (41, "", brief(" · ".join(t for t in (stage.kind, stage.state, took) if t), 46)),
-        (60, "", brief(counts or _taken(external), 46)),
-        (79, "", brief(_told(stage), 46)),
+        (41, "", brief(" · ".join(t for t in (stage.kind, stage.state, took) if t), 40)),
+        (60, "", brief(counts or _taken(external), 40)),
+        (79, "", brief(_told(stage), 40)),
     ]
     texts = "".join(
         f'<text class="{kind}" x="{x + 14}" y="{y + dy}">{safe(text)}</text>'

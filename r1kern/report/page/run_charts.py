@@ -35,7 +35,7 @@ CHARTS: dict[str, dict[str, tuple[tuple[str, ...], Style]]] = {
         "Expert load": (("expert_load",), Style(unit="fullest / mean expert")),
     },
     "Speed and memory": {
-        "Throughput": (("tokens_per_s",), Style(unit="tokens / s, all phases counted")),
+        "Throughput": (("tokens_per_s",), Style(unit="tokens / s", note="All phases counted.")),
         "Tokens of a step": (("tokens",), Style(unit="tokens")),
         "Waste of packing": (("pack/padding", "pack/imbalance"), SHARE),
         "Host memory": (

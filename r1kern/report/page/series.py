@@ -65,11 +65,15 @@ def window(series: Series) -> int:
 
 
 def smoothed(series: Series) -> tuple[float | None, ...]:
-    """Centred moving mean over `window` points, of those present; missing ones stay missing."""
-    half = window(series) // 2
+    """Centred moving mean over `window` points, of those present; missing ones stay missing.
+
+    Towards the ends the window shrinks on both sides, so that a straight line stays one.
+    """
+    half, last = window(series) // 2, len(series.y) - 1
+    reach = [min(half, i, last - i) for i in range(len(series.y))]
     return tuple(
-        None if y is None else _mean(series.y[max(0, i - half) : i + half + 1])
-        for i, y in enumerate(series.y)
+        None if y is None else _mean(series.y[i - r : i + r + 1])
+        for i, (y, r) in enumerate(zip(series.y, reach, strict=True))
     )
 
 

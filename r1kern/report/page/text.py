@@ -51,8 +51,10 @@ def short(value: float, *, percent: bool = False) -> str:
     size = abs(value)
     if size >= 1e7 or size < 1e-3:
         return f"{value:.2e}"
-    if size >= 1e4 or value == int(value):
+    if size >= 1e4:
         return f"{value:,.0f}".replace(",", "\u202f")
+    if value == int(value):
+        return f"{value:.0f}"
     return f"{value:.4g}"
 
 
