@@ -1,5 +1,6 @@
 """Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
 
+from r1kern.config.judge import JudgeConfig
 from r1kern.config.load import dump_config, load_config, parse_config
 from r1kern.config.sections import (
     GRPO,
@@ -30,6 +31,7 @@ __all__ = [
     "Generator",
     "Grading",
     "Judge",
+    "JudgeConfig",
     "Model",
     "Optim",
     "Parallel",
