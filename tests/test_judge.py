@@ -320,7 +320,9 @@ def test_check_names_what_is_wrong(server, monkeypatch):
     def but(**changes) -> str:
         return refused(good.model_copy(update=changes))
 
-    assert "does not serve 'gpt' but ok, 400, 401, other: correct judge.model" in but(model="gpt")
+    message = but(model="gpt")
+    assert "does not serve 'gpt' but ok, 400, 401, other" in message
+    assert "correct judge.model" in message
     assert "HTTP 404: Not Found: judge.url must be that of the API" in but(url=f"{server}/v2")
     assert "set the environment variable OPENAI_API_KEY" in but(url=f"{server}/locked")
     assert "did not answer as OpenAI's API does: <html>" in but(url=f"{server}/page")
