@@ -35,11 +35,17 @@ def serving() -> Iterator[str]:
 def options(server: str, plan: str = "ok", **more) -> Judge:
     """Options for a model of its own that answers by `plan`."""
     fields = {"timeout_s": 5.0, "deadline_s": 20.0, "retries": 2, **more}
-    return Judge(url=f"{server}/v1", model=f"{plan}#{next(_numbers)}", **fields)
+    judge = Judge(url=f"{server}/v1", model=f"{plan}#{next(_numbers)}", **fields)
+    _ask(judge, "serve")
+    return judge
 
 
 def log(judge: Judge) -> dict:
     """What reached the server for this model: "requests", and "most" at a time."""
-    address = judge.url.removesuffix("/v1") + "/log?" + urllib.parse.quote(judge.model)
+    return _ask(judge, "log")
+
+
+def _ask(judge: Judge, what: str) -> dict:
+    address = f"{judge.url.removesuffix('/v1')}/{what}?{urllib.parse.quote(judge.model)}"
     with urllib.request.urlopen(address, timeout=10) as answer:
         return json.load(answer)

@@ -8,6 +8,7 @@ from tiny_model import tiny_config
 
 from r1kern.config import (
     EvalConfig,
+    JudgeConfig,
     Parallel,
     PipelineConfig,
     PPOConfig,
@@ -29,6 +30,7 @@ KINDS = {
     "demo_sft": SFTConfig,
     "distil/": SFTConfig,
     "eval_": EvalConfig,
+    "judge": JudgeConfig,
     "pipeline_": PipelineConfig,
     "ppo_": PPOConfig,
     "": TrainConfig,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -51,24 +52,30 @@ def test_answers_come_in_order_and_carry_the_options(server, monkeypatch):
     assert "temperature" not in body
 
 
-@pytest.mark.parametrize("fault", ["500", "429", "408", "page502", "page", "wrong", "list", "drop"])
-def test_passing_faults_are_tried_again(server, fault):
-    judge = options(server, f"{fault},cut,ok")
-    with JudgeClient(judge) as client:
-        assert client.ask(HELLO) == "ready"
-    times = [request["at"] for request in log(judge)["requests"]]
-    assert len(times) == 3
-    assert 0.25 <= times[1] - times[0] < 1.5 and 0.5 <= times[2] - times[1] < 2.0  # it backs off
+def test_passing_faults_are_tried_again(server):
+    faults = ["500", "429", "408", "page502", "page", "wrong", "list", "drop"]
+    judges = [options(server, f"{fault},cut,ok") for fault in faults]
+
+    def ask(judge: Judge) -> str:
+        with JudgeClient(judge) as client:
+            return client.ask(HELLO)
+
+    with ThreadPoolExecutor(len(judges)) as pool:
+        assert list(pool.map(ask, judges)) == ["ready"] * len(judges)
+    for judge in judges:
+        times = [request["at"] for request in log(judge)["requests"]]
+        assert len(times) == 3
+        assert times[1] - times[0] >= 0.25 and times[2] - times[1] >= 0.5  # it backs off
 
 
-@pytest.mark.parametrize("fault", ["400", "401", "404", "422"])
-def test_final_statuses_are_not_tried_again(server, fault):
-    judge = options(server, f"{fault},ok")
-    with JudgeClient(judge) as client:
-        with pytest.raises(JudgeError, match=f"HTTP {fault}: this is error {fault}") as error:
+def test_final_statuses_are_not_tried_again(server):
+    for status in (400, 401, 404, 422, 301):
+        judge = options(server, f"{status},ok")
+        reason = f"HTTP {status}: this is error {status}"
+        with JudgeClient(judge) as client, pytest.raises(JudgeError, match=reason) as error:
             client.ask(HELLO)
-    assert error.value.status == int(fault)
-    assert len(log(judge)["requests"]) == 1
+        assert error.value.status == status
+        assert len(log(judge)["requests"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -145,11 +152,11 @@ def test_requests_in_flight_and_their_pace_are_bounded(server):
             asker.join()
     assert answers == ["ready"] * 15
     assert log(judge)["most"] == 3
-    judge = options(server, "ok", requests_per_minute=600)
+    judge = options(server, "ok", requests_per_minute=300)
     with JudgeClient(judge) as client:
         client.ask_all([HELLO] * 6)
     times = sorted(request["at"] for request in log(judge)["requests"])
-    assert times[-1] - times[0] >= 0.48
+    assert times[-1] - times[0] >= 0.75  # 1.0, had the first one not been on its way longer
 
 
 def test_an_unreadable_judge_is_reminded_once(server):
@@ -224,7 +231,7 @@ def test_hostile_texts_arrive_as_they_are(server):
         assert len(blocks) == 2
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.text(alphabet=st.characters(codec=None)), min_size=3, max_size=3))
 def test_no_text_can_leave_its_marks(texts):
     for messages in (reference_messages(*texts), pair_messages(*texts)):
@@ -232,13 +239,8 @@ def test_no_text_can_leave_its_marks(texts):
         nonce = re.search(r"\A<<QUESTION (\w{16})>>\n", content)[1]
         marks = [m.start() for m in re.finditer(nonce, content)]
         assert len(marks) == 6
-        for text in texts:
-            assert nonce not in text
-        assert (
-            content.rindex(nonce) < content.index("VERDICT: CORRECT")
-            if "CANDIDATE" in content
-            else True
-        )
+        assert not any(nonce in text for text in texts)
+        assert len(content[marks[-1] :]) > 200  # what to do comes last
     other = reference_messages(texts[0] + texts[1], "", texts[2])
     assert (other == reference_messages(*texts)) == (texts[1] == "")
 
@@ -318,7 +320,9 @@ def test_check_names_what_is_wrong(server, monkeypatch):
     def but(**changes) -> str:
         return refused(good.model_copy(update=changes))
 
-    assert "does not serve 'gpt' but ok, 400, 401, other: correct judge.model" in but(model="gpt")
+    message = but(model="gpt")
+    assert "does not serve 'gpt' but ok, 400, 401, other" in message
+    assert "correct judge.model" in message
     assert "HTTP 404: Not Found: judge.url must be that of the API" in but(url=f"{server}/v2")
     assert "set the environment variable OPENAI_API_KEY" in but(url=f"{server}/locked")
     assert "did not answer as OpenAI's API does: <html>" in but(url=f"{server}/page")
@@ -334,9 +338,12 @@ def test_check_names_what_is_wrong(server, monkeypatch):
         assert time.monotonic() - start < 5
         free.listen()  # accepts connections, says nothing
         assert "did not answer within timeout_s = 0.3" in but(url=dead, timeout_s=0.3)
-    assert "correct judge.url" in but(url="localhost:8000/v1")
-    with pytest.raises(UserError, match="cannot be sent"):
-        JudgeClient(good.model_copy(update={"url": "http://[oops"}))
+    for url in ("localhost:8000/v1", "", "ftp://x/v1", "http://x:y/v1", "http://x:99999/v1"):
+        with pytest.raises(UserError, match=f"judge.url '{url}' is no address of an API"):
+            JudgeClient(good.model_copy(update={"url": url}))
+    monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
+    with pytest.raises(UserError, match="the key in OPENAI_API_KEY is not plain ASCII"):
+        JudgeClient(good)
 
 
 def test_a_client_does_not_survive_a_fork(server):

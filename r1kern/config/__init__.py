@@ -1,6 +1,7 @@
 """Every option, typed and frozen: YAML plus dotted overrides, checked before anything is built."""
 
 from r1kern.config.evaluation import Benchmark, EvalConfig, Protocol
+from r1kern.config.judge import JudgeConfig
 from r1kern.config.load import dump_config, load_config, parse_config
 from r1kern.config.pipeline import PipelineConfig
 from r1kern.config.ppo import PPO, PPOConfig
@@ -37,6 +38,7 @@ __all__ = [
     "Generator",
     "Grading",
     "Judge",
+    "JudgeConfig",
     "Model",
     "Optim",
     "PPOConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from r1kern.rewards.math import shared_grader
@@ -54,9 +55,6 @@ def pass_at_1(correct: Sequence[bool] | Sequence[Sequence[bool]]) -> float:
 def majority_vote(answers: Sequence[str | None]) -> str | None:
     """The answer most samples agree on (cons@k); mathematically equal answers are one class.
 
-    An answer belongs to the first class whose first member it equals, by `verify` in either
-    direction.
-
     Args:
         answers: one per sample, None where a sample has none; those do not vote.
 
@@ -64,16 +62,25 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
         The first-seen answer of the largest class, of the earliest such class in a tie; None when
         nobody voted.
     """
-    counts: dict[str, int] = {}
-    representative: dict[str, str] = {}
-    for answer in answers:
-        if answer is None:
-            continue
-        if answer not in representative:
-            representative[answer] = _class_of(answer, list(counts))
-        first = representative[answer]
-        counts[first] = counts.get(first, 0) + 1
+    counts = Counter(answer for answer in answer_classes(answers) if answer is not None)
     return max(counts, key=counts.get, default=None)
+
+
+def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
+    """Each answer's class, named by the first-seen answer in it; None stays None.
+
+    An answer belongs to the first class whose first member it equals, by `verify` in either
+    direction.
+    """
+    representative: dict[str, str] = {}
+    firsts: list[str] = []
+    for answer in answers:
+        if answer is None or answer in representative:
+            continue
+        representative[answer] = _class_of(answer, firsts)
+        if representative[answer] == answer:
+            firsts.append(answer)
+    return [None if answer is None else representative[answer] for answer in answers]
 
 
 def _class_of(answer: str, firsts: list[str]) -> str:

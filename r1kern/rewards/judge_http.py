@@ -44,23 +44,19 @@ class Server:
     """One server as seen from one event loop."""
 
     def __init__(self, options: Judge):
-        self.url = options.url.rstrip("/")
+        """Raises UserError for an address or a key that cannot be sent."""
+        self.url = _checked_url(options.url)
+        key = os.environ.get(options.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the key in {options.api_key_env} is not plain ASCII: correct it")
         self._options = options
         self._turns = asyncio.Semaphore(options.concurrency)
         self._pace = _Pace(options.requests_per_minute)
-        key = os.environ.get(options.api_key_env, "").strip()
-        try:
-            self._client = httpx2.AsyncClient(
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                timeout=options.timeout_s,
-                limits=httpx2.Limits(max_connections=options.concurrency),
-            )
-            self._client.build_request("GET", self.url)
-        except (httpx2.InvalidURL, UnicodeEncodeError) as error:
-            raise UserError(
-                f"judge.url {options.url} or the key in {options.api_key_env} cannot be sent "
-                f"({shown(str(error))}): correct it"
-            ) from error
+        self._client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=options.timeout_s,
+            limits=httpx2.Limits(max_connections=options.concurrency),
+        )
 
     async def request(
         self,
@@ -129,8 +125,6 @@ class Server:
         except (TimeoutError, httpx2.TimeoutException):
             message = f"{self.url} did not answer within timeout_s = {timeout_s:g}"
             raise _TryAgain(Unreachable(message)) from None
-        except httpx2.UnsupportedProtocol as error:
-            raise Unreachable(f"{self.url}: {shown(str(error))}") from error
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             reason = shown(str(error)) or type(error).__name__
             raise _TryAgain(Unreachable(f"{self.url} cannot be reached: {reason}")) from error
@@ -173,6 +167,19 @@ class _Pace:
         start = max(now, self._next)
         self._next = start + self._interval
         await asyncio.sleep(start - now)
+
+
+def _checked_url(text: str) -> str:
+    try:
+        url = httpx2.URL(text)
+        valid = url.scheme in ("http", "https") and url.host and (url.port or 0) < 2**16
+    except httpx2.InvalidURL:
+        valid = False
+    if not valid:
+        raise UserError(
+            f"judge.url '{text}' is no address of an API: give one such as http://localhost:8000/v1"
+        )
+    return text.rstrip("/")
 
 
 def _backoff(attempt: int) -> float:

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server in a process of its own, with faults; prints its port.
 
 The model's name says how its requests are answered, one word a request, the last one for the rest:
-"500,429,ok#7" fails twice. `GET /log?MODEL` tells what reached it.
+"500,429,ok#7" fails twice. `GET /serve?MODEL` lists it, `GET /log?MODEL` tells what reached it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 HTML = b"<html><body><h1>502 Bad Gateway</h1>\n<p>nginx</p></body></html>"
 lock = threading.Lock()
+served = ["ok", "400", "401", "other"]
 requests: dict[str, list[dict]] = defaultdict(list)
 open_now: dict[str, int] = defaultdict(int)
 open_most: dict[str, int] = defaultdict(int)
@@ -70,12 +71,15 @@ class Handler(BaseHTTPRequestHandler):
             model = unquote(model)
             seen = {"requests": requests[model], "most": open_most[model]}
             self.send(200, json.dumps(seen).encode())
+        elif path.endswith("/serve"):
+            served.append(unquote(model))
+            self.send(200, b"{}")
         elif path == "/locked/models":
             self.error(401, "You didn't provide an API key.")
         elif path == "/page/models":
             self.send(200, HTML, kind="text/html")
         elif path == "/v1/models":
-            models = [{"id": "ok"}, {"id": "400"}, {"id": "401"}, {"id": "other"}]
+            models = [{"id": name} for name in served]
             self.send(200, json.dumps({"object": "list", "data": models}).encode())
         else:
             self.error(404, "Not Found")
