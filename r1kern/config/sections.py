@@ -208,6 +208,7 @@ class Grading(Section):
     deadline_s: float = Field(2.0, gt=0)  # processor time of one mathematical verdict
     sandbox: Sandbox = Sandbox()
     judge: Judge | None = None  # for answers that no rule can judge
+    preference_tasks: list[str] = ["general"]  # of the prompts that reward models score
     language: str | None = None  # target of the language term; None: each record's own, else "en"
     overlong_buffer: NonNegative = 0  # last tokens of the budget over which the penalty grows
     repetition_ngram: Positive = 20  # words of the n-grams that the repetition penalty counts

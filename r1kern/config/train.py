@@ -55,6 +55,9 @@ class TrainConfig(Section):
                     f"data.max_prompt_tokens + {name}.max_tokens = {longest} exceeds "
                     f"train.tokens_per_microbatch = {self.train.tokens_per_microbatch}: raise it"
                 )
+        for name in self.reward_models:
+            if name not in self.rewards:
+                raise ValueError(f"reward_models.{name} has no weight: set rewards.{name}")
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature = 0 leaves nothing to learn from: use 1.0")
         if self.grpo.entropy_coef and self.grpo.ratio != "token":

@@ -35,7 +35,7 @@ def stage(settings: Settings) -> Stage:
         models = {
             name: train_reward_model(
                 context,
-                merged(settings.reward, {"reads": reads(name)}),
+                merged(settings.reward, {"data": {"reads": reads(name)}}),
                 name=name,
                 model=context.inputs["model"],
                 data=context.inputs[f"preferences: {name}"],

@@ -77,7 +77,10 @@ class Settings:
             yield (
                 "all_scenarios",
                 TrainConfig,
-                merged(self.all_scenarios, {"reward_models": models}),
+                merged(
+                    self.all_scenarios,
+                    {"reward_models": models, "rewards": dict.fromkeys(models, 1.0)},
+                ),
             )
         if "distil" in stages:
             for name, student in self.config.students.items():

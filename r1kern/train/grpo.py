@@ -31,11 +31,13 @@ from r1kern.hf.names import hf_shapes
 from r1kern.model.replay import Choices
 from r1kern.report.ledger import Ledger
 from r1kern.report.rollouts import read_rollouts, step_file, write_rollouts
+from r1kern.rewards.model_terms import add_terms
 from r1kern.rewards.score import Reward, Scorer
 from r1kern.train.head import Loss
 from r1kern.train.objective import counts, grpo_step_loss, split, to_sequences
 from r1kern.train.packing import plan_batches
 from r1kern.train.policy import Policy
+from r1kern.train.reward_scorer import RewardModels
 from r1kern.train.step_metrics import rollout_metrics, sync_metrics
 from r1kern.types import PackedBatch, Rollout
 
@@ -106,6 +108,15 @@ class GRPO:
         )
         if config.grpo.beta > 0:
             self.policy.keep_reference()
+        self.reward_models = None
+        if config.reward_models:
+            self.reward_models = RewardModels(
+                config.reward_models,
+                world,
+                like=config.model,
+                parallel=config.parallel,
+                tokens_per_microbatch=config.train.tokens_per_microbatch,
+            )
         self.generator = Generator(
             config.model.path,
             dtype=config.model.dtype,
@@ -181,6 +192,10 @@ class GRPO:
             mine = [group.result() for group in graded]
         with self.ledger("gather"):
             self.rollouts = self.gather(mine)
+        if self.reward_models is not None:
+            with self.ledger("reward models"):
+                self.rollouts = self._with_preferences(self.rollouts)
+        with self.ledger("gather"):
             self._keep(step_file(self.config.run.folder, self.done + 1), self.rollouts)
         return metrics
 
@@ -209,6 +224,18 @@ class GRPO:
         per_engine = shares[:: self.config.parallel.generator_tp]
         longest = max(len(share) for share in per_engine)
         return [share[i] for i in range(longest) for share in per_engine if i < len(share)]
+
+    def _with_preferences(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """The rollouts with the reward models' terms where their prompts ask for preferences."""
+        weights = {name: self.config.rewards[name] for name in self.config.reward_models}
+        tasks = self.config.grading.preference_tasks
+        asked = [i for i, rollout in enumerate(rollouts) if rollout.prompt.task in tasks]
+        chosen = [rollouts[i] for i in asked]
+        scored = add_terms(chosen, self.reward_models.score(chosen), weights) if chosen else []
+        result = list(rollouts)
+        for i, rollout in zip(asked, scored, strict=True):
+            result[i] = rollout
+        return result
 
     def prepare(self, rollouts: list[Rollout]) -> Update:
         """Advantages, denominators and this replica's micro-batches of one update."""
