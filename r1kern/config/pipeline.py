@@ -52,12 +52,14 @@ class Collect(Sampling):
 
 
 class Readable(Section):
-    """What a chosen completion must be; see `rewards.readable`."""
+    """What a chosen completion must be; see `rewards.readable.Limits`."""
 
-    language: str = "en"
-    min_consistency: float = Field(0.9, ge=0, le=1)  # share of words in that language
-    max_paragraph_words: Positive = 400
-    code_blocks: bool = False  # allowed
+    language: str = "en"  # where a record does not say its own
+    consistency: float = Field(0.9, ge=0, le=1)  # least share of words in that language
+    paragraph: Positive = 2000  # characters of a line
+    repetition: float = Field(0.3, ge=0, le=1)  # largest share of repeated n-grams
+    ngram: Positive = 8
+    code_blocks: bool = False
 
 
 class ColdStart(Section):

@@ -200,9 +200,9 @@ class Generator:
         self._llm.reset_prefix_cache()
         with host.random_state(self._device):
             torch.manual_seed(seed)
-            places = {
-                name: i for i, name in enumerate(self._llm.enqueue(inputs, params, use_tqdm=False))
-            }
+            names = self._llm.enqueue(inputs, params, use_tqdm=False)
+            # to the name that outputs carry some versions append a random part here
+            places = {name.partition("-")[0]: i for i, name in enumerate(names)}
             groups: dict[int, Rollout] = {}
             for output in self._finished():
                 i = places[output.request_id]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from r1kern.config.pipeline import Readable
 from r1kern.rewards.format import parts
-from r1kern.rewards.readable import why_unreadable
+from r1kern.rewards.readable import Limits, why_unreadable
 from r1kern.types import Completion, Prompt, Rollout
 
 
@@ -48,8 +48,15 @@ def _why_not(prompt: Prompt, completion: Completion, score, limits: Readable) ->
         return "wrong"
     if not parts(completion.text).reasoning:
         return "no reasoning"
+    return unreadable(completion, prompt, limits)
+
+
+def unreadable(completion: Completion, prompt: Prompt, limits: Readable) -> str | None:
+    """Why a completion cannot be read, None where it can."""
     return why_unreadable(
-        completion.text, language=prompt.language or limits.language, limits=limits
+        completion.text,
+        language=prompt.language or limits.language,
+        limits=Limits(**limits.model_dump(exclude={"language"})),
     )
 
 

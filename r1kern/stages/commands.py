@@ -25,7 +25,7 @@ class Commands:
 
     def __init__(self, processes: int = 0, command: str | None = None):
         self._processes = processes or torch.cuda.device_count() or min(2, os.cpu_count())
-        self._command = shlex.split(command) if command else []
+        self._command = shlex.split(os.path.expandvars(command)) if command else []
 
     def run(self, name: str, *arguments: str | Path) -> None:
         """`r1kern NAME ARGUMENTS` in all processes.

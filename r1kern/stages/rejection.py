@@ -12,9 +12,8 @@ from collections import Counter
 
 from r1kern.data.records import Record, read_records
 from r1kern.rewards.format import parts
-from r1kern.rewards.readable import why_unreadable
 from r1kern.stages.actions import fine_tune, sample, write_jsonl
-from r1kern.stages.choose import choose
+from r1kern.stages.choose import choose, unreadable
 from r1kern.stages.pipeline import Context, Result, Stage
 from r1kern.stages.settings import Settings
 
@@ -131,12 +130,8 @@ def _thoughts(
     )
     thoughts, dropped = {}, Counter()
     for rollout in rollouts:
-        completion, language = rollout.completions[0], rollout.prompt.language
-        reason = why_unreadable(
-            completion.text,
-            language=language or options.readable.language,
-            limits=options.readable,
-        )
+        completion = rollout.completions[0]
+        reason = unreadable(completion, rollout.prompt, options.readable)
         if reason is None:
             thoughts[rollout.prompt.id] = parts(completion.text).reasoning
         else:
