@@ -100,9 +100,9 @@ class Link:
         return {"ref": -len(self.callbacks)}
 
     def resolve(self, content):
-        if type(content) is not int or content < 0:
+        if type(content) is not int:
             raise ValueError(content)
-        return Remote(self, content)
+        return Remote(self, content) if content >= 0 else self.callbacks[-1 - content]
 
 
 class Remote:
@@ -208,9 +208,11 @@ def run_code(test: dict, link: Link) -> None:
         exec(compile(test["prompt"], "prompt", "exec"), space)
     for name in test["remote"]:
         space[name] = link.ask("global", name)
-    exec(compile(test["code"], "test", "exec"), space)
     if test["entry"]:
-        space["check"](eval(test["entry"], space))
+        space["candidate"] = eval(test["entry"], space)
+    exec(compile(test["code"], "test", "exec"), space)
+    if test["checks"]:
+        space["check"](space["candidate"])
     for name in test["functions"]:
         space[name]()
 

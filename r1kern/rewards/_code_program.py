@@ -109,7 +109,7 @@ class Server:
 
     def refer(self, value):
         if isinstance(value, Callback):
-            return {"callback": value.index}
+            return {"ref": value.index}
         if id(value) not in self.known:
             self.known[id(value)] = len(self.objects)
             self.objects.append(value)

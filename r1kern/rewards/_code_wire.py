@@ -77,7 +77,7 @@ def decode(data, resolve):
         return _REBUILD[tag](content)
     if tag == "text":
         return _from_text(*content)
-    if tag in ("ref", "callback"):
+    if tag == "ref":
         return resolve(content)
     items = [decode(item, resolve) for item in content]
     return _COLLECT[tag](items)

@@ -121,6 +121,12 @@ class CodeGrader:
         workers = self.options.workers or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="code-grader")
 
+    def __enter__(self) -> CodeGrader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def submit(self, completion: str, tests: Iterable) -> Future[Verdict]:
         """The verdict to come.  Never raises: what cannot be judged is a failure.
 

@@ -188,10 +188,13 @@ def _code(code: str, setup: str, prompt: str, entry: str | None) -> dict:
     bound = _bound(tree) | (_bound(ast.parse(prompt)) if prompt else set())
     free = {name for name in _loaded(tree) if name not in bound}
     defines = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    entry = entry if "check" in defines and not _calls(tree.body, "check") else None
-    if "check" in defines and entry is None and not _calls(tree.body, "check"):
+    checks = "check" in defines and not _calls(tree.body, "check")
+    if checks and not entry:
         raise UserError("it defines check(candidate) but names no entry_point")
-    remote, imports = _whose(free, tree)
+    if not checks and "candidate" not in free:
+        entry = None  # the code says itself what it calls
+    free -= {"candidate"} if entry else set()
+    remote, imports = _whose(free, tree, entry)
     if entry:
         roots = _loaded(ast.parse(entry, mode="eval"))
         remote = sorted({*remote, *roots})
@@ -199,11 +202,11 @@ def _code(code: str, setup: str, prompt: str, entry: str | None) -> dict:
         raise UserError("it calls no function of the program")
     tests = [name for name in defines if name.startswith("test")]
     functions = [name for name in tests if not _calls(tree.body, name)]
-    return {"kind": "code", "code": code, "prompt": prompt, "entry": entry,
+    return {"kind": "code", "code": code, "prompt": prompt, "entry": entry, "checks": checks,
             "remote": remote, "imports": imports, "functions": functions}  # fmt: skip
 
 
-def _whose(free: set[str], tree: ast.AST) -> tuple[list[str], dict[str, str]]:
+def _whose(free: set[str], tree: ast.AST, entry: str | None) -> tuple[list[str], dict[str, str]]:
     """Which free names are the program's, and from which module the others come."""
     modules = {
         node.value.id
@@ -213,7 +216,7 @@ def _whose(free: set[str], tree: ast.AST) -> tuple[list[str], dict[str, str]]:
     imports = {name: name for name in free & modules if name in sys.stdlib_module_names}
     known = {name for name in free if hasattr(builtins, name) or name in HOME}
     remote = free - known - imports.keys()
-    if not remote:  # the program's function is called like a builtin: sum(10, 15) == 6
+    if not remote and entry is None:  # a function called like a builtin: sum(10, 15) == 6
         remote = {
             node.func.id
             for node in ast.walk(tree)

@@ -38,6 +38,13 @@ ERROR_CHARS = 4_000
 PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 # -P -s -S: no folder, no installed package is importable but the standard library.
 PYTHON_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 REMEDY = (
     "install it with `apt install bubblewrap` and allow user namespaces (in a container: "
     "--security-opt seccomp=unconfined), or set sandbox.unsafe_local: true"
@@ -101,8 +108,7 @@ class Sandboxed:
         self._exit_code: int | None = None
         self._status = b""  # bubblewrap's account
         self._child: int | None = None  # pidfd of the first process of the namespace
-        environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp"}
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(env or {})}
+        environment = {**ENVIRONMENT, **(env or {})}
         try:
             self._start(list(argv), files, stdin, list(fds), environment)
         except BaseException:
