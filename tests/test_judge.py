@@ -20,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judging import log, options, serving
 from launch import environment
+from tiny_dense import write_tiny_dense
 
 from r1kern.config import Judge
+from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.errors import UserError
 from r1kern.rewards.judge import JudgeClient
 from r1kern.rewards.judge_http import JudgeError
@@ -265,6 +267,7 @@ def test_a_cache_keeps_what_could_be_read(server, tmp_path):
 ASK_UNTIL_KILLED = """
 import sys
 from r1kern.config import Judge
+from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.rewards.judge import JudgeClient
 client = JudgeClient(Judge(url=sys.argv[1], model=sys.argv[2], cache=sys.argv[3], concurrency=4))
 futures = [client.submit(str(i), str(i), str(i)) for i in range(60)]
@@ -360,3 +363,59 @@ def test_a_client_does_not_survive_a_fork(server):
         process.join(10)
         assert process.exitcode == 7
         assert client.ask(HELLO) == "ready"
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory):
+    """vLLM's own server with a tiny random model called "tiny"; a token a character."""
+    folder = tmp_path_factory.mktemp("vllm")
+    tokenizer = build_demo_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    # Sizes of vLLM's CPU attention, which knows no head of 16.
+    sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    tokens = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    write_tiny_dense(folder, "qwen2", max_position_embeddings=8192, **sizes, **tokens)
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "8192", "--max-num-seqs", "4"]
+    command += ["--enforce-eager", "--generation-config", "vllm", "--compilation-config"]
+    command += [json.dumps({"custom_ops": ["all", "-rotary_embedding"]})]
+    settings = {**environment(), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w") as output:
+        process = subprocess.Popen(
+            command, env=settings, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        until = time.monotonic() + 300
+        while "Application startup complete" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()[-4000:]
+            assert time.monotonic() < until, "vLLM's server did not start within 300 s"
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.full
+def test_vllms_own_server_judges(vllm, tmp_path):
+    judge = Judge(url=vllm, model="tiny", max_tokens=30, cache=str(tmp_path / "c"), deadline_s=120)
+    with JudgeClient(judge) as client:
+        client.check()
+        assert (
+            "raise judge.max_tokens = 30" in client.submit("1 + 1?", "2", "2").result(120).failure
+        )
+    forced = {"structured_outputs": {"choice": ["VERDICT: CORRECT", "VERDICT: INCORRECT"]}}
+    with JudgeClient(judge.model_copy(update={"extra": forced})) as client:
+        verdicts = client.grade_reference([("1 + 1?", "2", str(i)) for i in range(4)])
+        assert [verdict.failure for verdict in verdicts] == [None] * 4
+    forced = {"structured_outputs": {"choice": ["[[A>B]]"]}}
+    with JudgeClient(judge.model_copy(update={"extra": forced})) as client:
+        assert client.compare("q", "x", "y").labels == ("A>B", "A>B")
+    assert "does not serve 'huge' but tiny" in refused(judge.model_copy(update={"model": "huge"}))
+    short = judge.model_copy(update={"max_tokens": 9000})
+    assert "HTTP 400" in refused(short)

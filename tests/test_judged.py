@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from judging import log, options, serving
 from launch import environment
 
@@ -21,8 +20,6 @@ from r1kern.config import JudgeConfig
 from r1kern.errors import UserError
 from r1kern.eval.judged import judge_answers, read_answers
 from r1kern.eval.win_rate import agreement, arena_hard, interval, length_controlled
-
-EXACT = dict(tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe")
 
 
 def test_arena_hard_counts_strong_verdicts_three_times():
@@ -37,18 +34,12 @@ def test_arena_hard_counts_strong_verdicts_three_times():
 def test_the_arena_score_is_what_bradley_terry_predicts():
     points, weights = arena_hard([("A>>B", "B>A"), ("B>A", "A=B"), ("A>B", "A>>B"), ("A=B", "B>A")])
     won, battles = points.sum(), weights.sum()
-    advantage = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([advantage], max_iter=100, **EXACT)
-
-    def loss():
-        solver.zero_grad()
-        log_win, log_loss = (torch.nn.functional.logsigmoid(s * advantage) for s in (1, -1))
-        value = -(won * log_win + (battles - won) * log_loss)
-        value.backward()
-        return value
-
-    solver.step(loss)
-    assert torch.sigmoid(advantage).item() == pytest.approx(won / battles, abs=1e-9)
+    low, high = -20.0, 20.0  # bisection on the slope of the log-likelihood
+    for _ in range(100):
+        advantage = (low + high) / 2
+        slope = won / (1 + math.exp(advantage)) - (battles - won) / (1 + math.exp(-advantage))
+        low, high = (advantage, high) if slope > 0 else (low, advantage)
+    assert 1 / (1 + math.exp(-advantage)) == pytest.approx(won / battles, abs=1e-12)
 
 
 def drawn(questions: int, theta: float, phi: float):
@@ -78,25 +69,15 @@ def test_length_is_controlled():
 def test_the_length_fit_is_the_maximum():
     outcomes, ours, theirs = drawn(60, theta=0.3, phi=-1.0)
     outcomes[:9] = 0.5
-    difference = torch.from_numpy((ours - theirs).astype(float))
-    x = torch.tanh(difference / difference.std(correction=0))
-    target = torch.from_numpy(outcomes)
-    coefficients = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([coefficients], max_iter=500, **EXACT)
-
-    def loss():
-        solver.zero_grad()
-        logits = coefficients[0] + coefficients[1] * x
-        value = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, target, reduction="sum"
-        )
-        value = value + 0.005 * coefficients.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)
-    truth = torch.sigmoid(coefficients[0]).item()
-    assert length_controlled(outcomes, ours, theirs) == pytest.approx(truth, abs=1e-7)
+    difference = ours - theirs
+    x = np.tanh(difference / difference.std())
+    theta = phi = 0.0
+    for _ in range(20_000):  # plain gradient descent
+        error = 1 / (1 + np.exp(-theta - phi * x)) - outcomes
+        theta -= 0.02 * (error.sum() + 0.01 * theta)
+        phi -= 0.02 * ((error * x).sum() + 0.01 * phi)
+    truth = 1 / (1 + math.exp(-theta))
+    assert length_controlled(outcomes, ours, theirs) == pytest.approx(truth, abs=1e-9)
 
 
 def test_intervals_are_those_of_the_mean():
