@@ -248,7 +248,7 @@ def test_options_that_have_no_part_in_ppo_are_refused(capfd):
 # -- whole models ---------------------------------------------------------------------------------
 
 WHOLE, CUT = 4000, 60  # budgets: all in one micro-batch, and several
-SAME = 2e-6  # relative, float32: rounding of sums that are cut otherwise
+SAME = dict(rel=5e-6, abs=1e-6)  # float32: rounding of sums that are cut otherwise
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_updates_do_not_depend_on_the_layout(truth, layouts):
         assert found["microbatches"] == (1 if case == f"1,1,{CUT}" else 2)
         for mine, theirs in zip(found["updates"], truth["updates"], strict=True):
             for name in told:
-                assert mine[name] == pytest.approx(theirs[name], rel=SAME, abs=1e-7), (case, name)
+                assert mine[name] == pytest.approx(theirs[name], **SAME), (case, name)
     first, second = truth["updates"]
     for update in (first, second):
         assert min(update["grad_norm"], update["value/grad_norm"]) > 0.1
