@@ -51,6 +51,20 @@ def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> 
     drive(trainer, resume)
 
 
+@app.command()
+def reward(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """A reward model from (problem, chosen, rejected) records: a scalar head, Bradley-Terry."""
+    from r1kern.config import RewardConfig, load_config
+
+    options = load_config(RewardConfig, config, overrides or [])
+    world = start(options)
+    from r1kern.train.reward_model import RewardTrainer
+
+    with deadline("building model", options.run.deadline_s):
+        trainer = RewardTrainer(options, world)
+    drive(trainer, resume)
+
+
 def start(options):
     import torch
 

@@ -2,6 +2,7 @@
 
 from r1kern.config.load import dump_config, load_config, parse_config
 from r1kern.config.ppo import PPO, PPOConfig
+from r1kern.config.reward import PreferenceData, RewardConfig, RewardTrain
 from r1kern.config.sections import (
     GRPO,
     Data,
@@ -36,8 +37,11 @@ __all__ = [
     "Optim",
     "PPOConfig",
     "Parallel",
+    "PreferenceData",
     "RecomputedPart",
+    "RewardConfig",
     "RewardModel",
+    "RewardTrain",
     "Rollout",
     "Run",
     "SFTConfig",

@@ -1,4 +1,4 @@
-"""Records to tokenised prompts (for GRPO and evaluation) and to training pairs (for SFT)."""
+"""Records to tokenised prompts (GRPO, evaluation), training pairs (SFT), preferences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from r1kern.data.reading import Preference, Reading
 from r1kern.data.records import Record, read_records
 from r1kern.data.template import render
 from r1kern.errors import UserError
@@ -106,6 +107,42 @@ def load_pairs(
     ]
     sizes = [len(pair.prompt_ids) + len(pair.completion_ids) for pair in pairs]
     return _within(pairs, sizes, names, records, max_tokens, overlong, "pair")
+
+
+def load_preferences(
+    source: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+    max_tokens: int,
+    max_pair_tokens: int,
+    overlong: Overlong = "error",
+    where: Mapping[str, Iterable] | None = None,
+) -> list[Preference]:
+    """Records with `problem`, `chosen` and `rejected` for a reward model, in the source's order.
+
+    Errors as in `load_prompts`.
+
+    Args:
+        source, where: as in `read_records`.
+        max_tokens: budget of a problem with one response.
+        max_pair_tokens: budget of a pair, problem twice, which one micro-batch must hold.
+        overlong: what to do with a longer one; dropped ones are counted in a logged warning.
+    """
+    records = read_records(source, where=where)
+    names = _unique_names(records, "id")
+    problems = [record.text("problem") for record in records]
+    chosen, rejected = (
+        reading.sequences([(r.text("problem"), r.text(field)) for r in records], tokenizer)
+        for field in ("chosen", "rejected")
+    )
+    pairs = list(map(Preference, problems, chosen, rejected))
+    longest = [max(len(p.chosen), len(p.rejected)) for p in pairs]
+    rows = list(zip(pairs, names, records, strict=True))
+    rows = _within(rows, longest, names, records, max_tokens, overlong, "response")
+    pairs, names, records = map(list, zip(*rows, strict=True))
+    sizes = [len(pair) for pair in pairs]
+    return _within(pairs, sizes, names, records, max_pair_tokens, overlong, "pair")
 
 
 def _tokenise(

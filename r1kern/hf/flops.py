@@ -13,6 +13,8 @@ from typing import TypeVar
 import numpy as np
 from transformers import PretrainedConfig
 
+from r1kern.hf.scalar_head import has_scalar_head
+
 Counts = TypeVar("Counts", int, np.ndarray)
 
 
@@ -44,7 +46,8 @@ class ModelFlops:
         token += dense * 2 * hf.hidden_size * 3 * hf.intermediate_size
         width = attention_head_dim(hf) + (hf.v_head_dim if latent else attention_head_dim(hf))
         pair = layers * 2 * hf.num_attention_heads * width
-        return cls(token, pair, 2 * hf.hidden_size * hf.vocab_size)
+        outputs = 1 if has_scalar_head(hf) else hf.vocab_size
+        return cls(token, pair, 2 * hf.hidden_size * outputs)
 
     def sequence(self, length: Counts, completion: Counts) -> Counts:
         """Of a sequence with `length` rows, `completion` of which go through the head."""

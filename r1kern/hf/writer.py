@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ import torch
 from r1kern.errors import UserError
 from r1kern.hf.dtype import ExportDtype, describe, encode
 from r1kern.hf.headers import INDEX
-from r1kern.hf.scalar_head import describe_scalar_head
 
 # dtype -> safetensors' name of it
 _CODES = {
@@ -24,6 +23,7 @@ _CODES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }
 Spec = tuple[torch.dtype, tuple[int, ...]]
+Adapt = Callable[[dict], dict]
 
 
 def nbytes(spec: Spec) -> int:
@@ -81,7 +81,7 @@ def write_model_folder(
     like: str | Path,
     is_writer: bool,
     dtype: ExportDtype,
-    scalar_head: bool = False,
+    adapt: Adapt = dict,
     shard_bytes: int = 4 << 30,
 ) -> None:
     """Write `tensors` with the configuration and tokenizer of the folder `like`.
@@ -91,7 +91,7 @@ def write_model_folder(
     when it is whole.
 
     Args:
-        scalar_head: the tensors end in one instead of in what `like` ends in.
+        adapt: makes the `config.json` that fits the tensors out of `like`'s.
 
     Raises:
         UserError: the disk is full or not writable, or a tensor cannot be stored so; nothing is
@@ -100,7 +100,7 @@ def write_model_folder(
     tensors = iter(tensors)
     try:
         if is_writer:
-            _write(Path(folder), tensors, Path(like), dtype, scalar_head, shard_bytes)
+            _write(Path(folder), tensors, Path(like), dtype, adapt, shard_bytes)
     except OSError as error:
         raise UserError(
             f"model {folder} could not be written ({error}): free some space or choose another "
@@ -112,7 +112,7 @@ def write_model_folder(
 
 
 def _write(
-    folder: Path, tensors, like: Path, dtype: ExportDtype, scalar_head: bool, shard_bytes: int
+    folder: Path, tensors, like: Path, dtype: ExportDtype, adapt: Adapt, shard_bytes: int
 ) -> None:
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -125,7 +125,7 @@ def _write(
             shards.append(specs)
         for i, file in enumerate(shard_names(len(shards))):
             (scratch / f"shard-{i}").rename(scratch / file)
-        write_companions(scratch, like, dtype, shards, scalar_head=scalar_head)
+        write_companions(scratch, like, dtype, shards, adapt)
         publish(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -159,8 +159,7 @@ def write_companions(
     like: Path,
     dtype: ExportDtype,
     shards: list[dict[str, Spec]],
-    *,
-    scalar_head: bool = False,
+    adapt: Adapt = dict,
 ) -> None:
     """Index, configuration and tokenizer; `shards` are the specs of each file."""
     for path in like.iterdir():
@@ -168,9 +167,7 @@ def write_companions(
         if wanted and not path.name.endswith(".index.json"):
             shutil.copy(path, folder / path.name)
     config = describe(json.loads((like / "config.json").read_text()), dtype)
-    if scalar_head:
-        config = describe_scalar_head(config)
-    (folder / "config.json").write_text(json.dumps(_complete(config), indent=2))
+    (folder / "config.json").write_text(json.dumps(_complete(adapt(config)), indent=2))
     if len(shards) > 1:
         weight_map, total = {}, 0
         for file, specs in zip(shard_names(len(shards)), shards, strict=True):

@@ -8,12 +8,21 @@ import yaml
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 
-from r1kern.config import Optim, Parallel, PPOConfig, SFTConfig, TrainConfig, load_config
+from r1kern.config import (
+    Optim,
+    Parallel,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+    load_config,
+)
 from r1kern.distributed import World
 from r1kern.errors import UserError
 from r1kern.hf.dtype import ExportDtype
 from r1kern.train.checkpoint import FAILURES, refuse_unsafe_pickle
 from r1kern.train.policy import Policy
+from r1kern.train.reward_model import reading_entry
 
 
 def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype) -> None:
@@ -39,10 +48,12 @@ def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype)
             f"{path} is missing, which says what {step} was trained from: give a checkpoint in "
             f"its run's folder"
         )
-    sections = yaml.safe_load(path.read_text())
-    kind = PPOConfig if "ppo" in sections else TrainConfig if "rollout" in sections else SFTConfig
-    model = load_config(kind, path).model.model_copy(update={"init": "random"})
-    policy = Policy(model, Parallel(), Optim(), world, total_updates=1)
+    options = load_config(_kind(yaml.safe_load(path.read_text())), path)
+    is_reward = isinstance(options, RewardConfig)
+    model = options.model.model_copy(update={"init": "random"})
+    policy = Policy(model, Parallel(), Optim(), world, total_updates=1, scalar_head=is_reward)
+    if is_reward:
+        policy.config_entries = reading_entry(options.data)
     refuse_unsafe_pickle(step / ".metadata")
     metadata = {
         "singleton_local_shards": False,
@@ -58,3 +69,12 @@ def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype)
         ) from error
     policy.model.load_state_dict(loaded["model"], strict=False)
     policy.save_hf(target, dtype)
+
+
+def _kind(options: dict) -> type[TrainConfig] | type[SFTConfig] | type[RewardConfig]:
+    """The command whose resolved options these are."""
+    if "ppo" in options:
+        return PPOConfig
+    if "rollout" in options:
+        return TrainConfig
+    return RewardConfig if "reads" in options["data"] else SFTConfig

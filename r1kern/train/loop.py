@@ -1,4 +1,4 @@
-"""What GRPO and SFT share around their step: run folder, resume, saving, interruption, the log.
+"""What GRPO, SFT and reward models share: run folder, resume, saving, interruption, the log.
 
 A run killed in the middle of a step continues from its newest whole checkpoint and does the steps
 since then again, bit for bit where the kernels are deterministic.  A run that torchrun restarts
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from r1kern.agreement import agree
-from r1kern.config import SFTConfig, TrainConfig, dump_config
+from r1kern.config import RewardConfig, SFTConfig, TrainConfig, dump_config
 from r1kern.distributed import World
 from r1kern.errors import Interrupted, UserError
 from r1kern.report.device import Meter
@@ -36,7 +36,7 @@ JOB = "job"  # file: the torchrun job that claimed the folder
 class Trainer(Protocol):
     """What `run` drives."""
 
-    config: TrainConfig | SFTConfig
+    config: TrainConfig | SFTConfig | RewardConfig
     world: World
     policy: Policy
     critic: Policy | None  # a second model, trained and saved beside the policy

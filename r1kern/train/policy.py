@@ -18,6 +18,7 @@ from r1kern.distributed import World
 from r1kern.hf.dtype import ExportDtype
 from r1kern.hf.names import hf_shapes, hf_splits, shared_name
 from r1kern.hf.reader import HFReader
+from r1kern.hf.scalar_head import describe_scalar_head
 from r1kern.hf.writer import write_model_folder
 from r1kern.model import balance
 from r1kern.model.carry import export_whole
@@ -85,6 +86,7 @@ class Policy:
         self.scheduler = build_scheduler(optim, self.optimizer, total_updates)
         self.host_copies = HostCopies(self.ddp, self.optimizer)
         self.version = 0  # optimizer updates so far
+        self.config_entries: dict = {}  # what `save_hf` adds to `config.json`
         self._reference: list[torch.Tensor] | None = None
 
     # -- log-probabilities ------------------------------------------------------------------
@@ -316,8 +318,13 @@ class Policy:
             like=self.source,
             is_writer=self.world.is_main,
             dtype=dtype or own,
-            scalar_head=self.scalar_head,
+            adapt=self._describe,
         )
+
+    def _describe(self, config: dict) -> dict:
+        """`config.json` of this model from that of its source."""
+        config = describe_scalar_head(config) if self.scalar_head else config
+        return config | self.config_entries
 
     @property
     def lr(self) -> float:
