@@ -62,7 +62,7 @@ def grids(sequences):
     return rewards, values, mask
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ragged, unit, st.one_of(st.just(0.0), unit))
 def test_gae_is_the_sum_of_the_paper(sequences, gamma, lam):
     from r1kern.train.advantage import gae
@@ -248,7 +248,7 @@ def test_options_that_have_no_part_in_ppo_are_refused(capfd):
 # -- whole models ---------------------------------------------------------------------------------
 
 WHOLE, CUT = 4000, 60  # budgets: all in one micro-batch, and several
-SAME = 2e-6  # relative, float32: rounding of sums that are cut otherwise
+SAME = dict(rel=5e-6, abs=1e-6)  # float32: rounding of sums that are cut otherwise
 
 
 @pytest.fixture(scope="module")
@@ -274,11 +274,25 @@ def truth(folder, world):
     return run(world, folder, WHOLE)
 
 
+def short_run(model, folder, *more) -> list[str]:  # noqa: F811
+    """Arguments of a PPO run in which random completions earn uneven rewards."""
+    options = [
+        "grpo.beta=0.01",
+        "grpo.updates_per_batch=2",
+        "optim.schedule=cosine",
+        "ppo.critic_warmup_steps=1",
+        "ppo.lam=0.95",
+        "train.save_every=1",
+    ]
+    return [str(CONFIG), *arguments(model, folder, *options, *more)[1:]]
+
+
 @pytest.fixture(scope="module")
-def layouts(folder):
-    """Two ranks, by tensor-parallel size, pipeline stages and budget."""
+def layouts(folder, model):  # noqa: F811
+    """Two ranks, by tensor-parallel size, pipeline stages and budget; then a run."""
     cases, out = ["1,1", "2,1", "1,2"], folder / "out.json"
-    torchrun(2, WORKER, folder, out, *(f"{case},{CUT}" for case in cases))
+    cases = ";".join(f"{case},{CUT}" for case in cases)
+    torchrun(2, WORKER, folder, out, cases, *short_run(model, folder / "run", "train.steps=3"))
     return json.loads(out.read_text())
 
 
@@ -289,7 +303,7 @@ def test_updates_do_not_depend_on_the_layout(truth, layouts):
         assert found["microbatches"] == (1 if case == f"1,1,{CUT}" else 2)
         for mine, theirs in zip(found["updates"], truth["updates"], strict=True):
             for name in told:
-                assert mine[name] == pytest.approx(theirs[name], rel=SAME, abs=1e-7), (case, name)
+                assert mine[name] == pytest.approx(theirs[name], **SAME), (case, name)
     first, second = truth["updates"]
     for update in (first, second):
         assert min(update["grad_norm"], update["value/grad_norm"]) > 0.1
@@ -326,50 +340,34 @@ def test_a_checkpoint_before_the_first_update(world, folder, tmp_path):
 
 # -- whole runs -----------------------------------------------------------------------------------
 
-LONG = [
-    "grpo.beta=0.01",
-    "grpo.updates_per_batch=2",
-    "optim.schedule=cosine",
-    "ppo.critic_warmup_steps=1",
-    "ppo.lam=0.95",
-    "train.save_every=1",
-]
-
-
-def run_loop(processes, phases, model, folder, *more):  # noqa: F811
-    """A short PPO run in which random completions earn uneven rewards."""
-    overrides = [*arguments(model, folder, *more)[1:], *LONG]
-    kills = 0 if phases == "-" else phases.count(",") + 1
-    torchrun(processes, LOOP, phases, CONFIG, *overrides, restarts=kills)
-
 
 def check_metrics(records):
     """Of a run with a step of warm-up and two updates a batch."""
     assert "clip_fraction" not in records[0]
     assert records[0]["weight_version"] == 0
     assert records[0]["value/mean"] == 0  # its head starts at 0
-    assert records[0]["kl_penalty"] == pytest.approx(0, abs=1e-6)
     for step, record in enumerate(records[1:], 1):
         assert record["weight_version"] == 2 * step
         assert 0 < record["max_mismatch"] < 1e-4
-        assert record["kl_penalty"] != 0
         assert record["kl"] > 0
-    for record in records:
+    for step, record in enumerate(records):
+        assert (abs(record["kl_penalty"]) > 1e-6) == (step > 1), step
         assert record["value/explained_variance"] <= 1
         assert min(record["value/loss"], record["value/grad_norm"], record["advantage/std"]) > 0
         assert record["seconds/update critic"] > 0
     assert records[-1]["value/mean"] != 0
 
 
-def test_a_short_run(model, tmp_path):  # noqa: F811
-    run_loop(1, "-", model, tmp_path / "run", "train.steps=2")
-    check_metrics(read_metrics(tmp_path / "run"))
+def test_a_run(layouts, folder):
+    check_metrics(read_metrics(folder / "run"))
+    assert load_file(folder / "run" / "critic" / "model.safetensors")["score.weight"].any()
 
 
 @pytest.mark.full
 def test_killed_run_resumes_by_itself_bit_equal(model, tmp_path):  # noqa: F811
-    run_loop(2, "-", model, tmp_path / "whole")
+    torchrun(2, LOOP, "-", *short_run(model, tmp_path / "whole"))
     check_metrics(read_metrics(tmp_path / "whole"))
-    run_loop(2, "values,update critic,update,save", model, tmp_path / "run")
-    assert (tmp_path / "run" / "kills").read_text().count("\n") == 4
+    phases = ["values", "update critic", "update", "save"]
+    torchrun(2, LOOP, ",".join(phases), *short_run(model, tmp_path / "run"), restarts=4)
+    assert (tmp_path / "run" / "kills").read_text().splitlines() == phases
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")

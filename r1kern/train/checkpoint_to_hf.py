@@ -8,7 +8,15 @@ import yaml
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 
-from r1kern.config import Optim, Parallel, PPOConfig, RewardConfig, SFTConfig, TrainConfig, load_config
+from r1kern.config import (
+    Optim,
+    Parallel,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+    load_config,
+)
 from r1kern.distributed import World
 from r1kern.errors import UserError
 from r1kern.hf.dtype import ExportDtype
@@ -40,19 +48,12 @@ def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype)
             f"{path} is missing, which says what {step} was trained from: give a checkpoint in "
             f"its run's folder"
         )
-<<<<<<< HEAD
     options = load_config(_kind(yaml.safe_load(path.read_text())), path)
     is_reward = isinstance(options, RewardConfig)
     model = options.model.model_copy(update={"init": "random"})
     policy = Policy(model, Parallel(), Optim(), world, total_updates=1, scalar_head=is_reward)
     if is_reward:
         policy.config_entries = reading_entry(options.data)
-=======
-    sections = yaml.safe_load(path.read_text())
-    kind = PPOConfig if "ppo" in sections else TrainConfig if "rollout" in sections else SFTConfig
-    model = load_config(kind, path).model.model_copy(update={"init": "random"})
-    policy = Policy(model, Parallel(), Optim(), world, total_updates=1)
->>>>>>> 49d8b09258da9a4c023572ecbacf2cda6f9396da
     refuse_unsafe_pickle(step / ".metadata")
     metadata = {
         "singleton_local_shards": False,

@@ -61,7 +61,7 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
         resume: continue from the folder's newest checkpoint, if it has one.
 
     Returns:
-        The folder of the final model, in Hugging Face format.
+        The folder of the final model, in Hugging Face format; a critic's is `critic` beside it.
 
     Raises:
         Interrupted: by a signal, after a checkpoint.
@@ -84,6 +84,8 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
         _steps(trainer, folder, checkpoints, first)
         with deadline("writing the model", trainer.config.run.deadline_s):
             trainer.policy.save_hf(folder / "model")
+            if trainer.critic is not None:
+                trainer.critic.save_hf(folder / "critic")
             dist.barrier()
     except OSError as error:
         if error.errno not in UNWRITABLE:

@@ -36,6 +36,8 @@ class RewardTrainer:
     advantages within a group do not see it.
     """
 
+    critic = None
+
     def __init__(self, config: RewardConfig, world: World):
         self.config, self.world, self.ledger = config, world, Ledger(config.run.deadline_s)
         pairs, self.held_out = load_sets(config)

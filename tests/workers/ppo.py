@@ -1,36 +1,43 @@
 """Worker: two PPO updates of policy and critic on one global batch, for each of several layouts.
 
-    torchrun ppo.py FOLDER OUT.json TP,PP,BUDGET ...
+    torchrun ppo.py FOLDER OUT.json TP,PP,BUDGET;... CONFIG OVERRIDES ...
 
 FOLDER holds `policy` and `critic`, a model with a scalar head.  Between the updates both are saved;
-another pair is loaded from that, and goes on beside the first.
+another pair is loaded from that, and goes on beside the first.  Then, in the same processes, the
+whole run that CONFIG describes, with the reward of its own that `train.py` has.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from workers.train import variety
 
-from r1kern import distributed
+from r1kern import cli, distributed
+from r1kern.cli import training
+from r1kern.config import PPOConfig, load_config
 from r1kern.types import Sequence
 
 
-def main(folder: str, out: str, cases: list[str]) -> None:
+def main(folder: str, out: str, cases: str, config: str, *overrides: str) -> None:
     found = {}
-    for case in cases:
+    for case in cases.split(";"):
         tp, pp, budget = map(int, case.split(","))
         world = distributed.start(tp=tp, pp=pp, seed=0)
         found[case] = run(world, Path(folder), budget)
     if world.is_main:
         Path(out).write_text(json.dumps(found))
-    dist.barrier()
-    distributed.shutdown()
+    options = load_config(PPOConfig, config, list(overrides))
+    world = distributed.start(seed=0)
+    from r1kern.train.ppo import PPO
+
+    training.drive(PPO(options, world, rewards={"variety": variety}), False)
 
 
 def global_batch() -> list[Sequence]:
@@ -125,4 +132,8 @@ def with_grids(grids, batches, field: str):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    sys.argv, arguments = sys.argv[:1], sys.argv[1:]
+    code = cli.guarded(lambda: main(*arguments))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
