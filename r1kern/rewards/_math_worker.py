@@ -1,49 +1,25 @@
-"""The process that runs math-verify for `r1kern.rewards.math`; started by path, never imported.
+"""The process that judges answers for `r1kern.rewards.math`; started by path, never imported.
 
-Requests and replies are JSON lines on stdin and stdout. A request that takes more processor time
-than it may ends the process, also when the parent is gone; so does the end of input.
+It imports the grammar and math-verify once and forks a judge. Requests and replies are JSON lines
+on stdin and stdout. A judge that takes too long is ended by its own timers, inside a long C call
+too and also when the parent is gone; its death is the reply, and a new one is forked at once.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import logging
-import re
+import mmap
+import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
-DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[|\\boxed")
-COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
-WORD = re.compile(r"[A-Za-z]{2,}")
-NUMBER = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w|[.,]\d)")
-SPACED = re.compile(r"-?\d+(?:\s+\d+)+")
-THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+")
-MAX_DELIMITED_CHARS = 200  # a longer text without delimiters is no single expression
-FUNCTION = re.compile(r"\b(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|sqrt|pi|inf)\b", re.I)
-OPERATOR = re.compile(r"[+*/^=<>_]")
-
-
-def reading(answer: str, running_text: bool) -> str:
-    """The text to hand to math-verify's extraction so that the whole answer is judged.
-
-    Left to itself math-verify takes the last number of an undelimited text: 3 for `3\\sqrt{2}`
-    and 6 for `5 or 6`. So an answer is delimited as LaTeX, except a number among words
-    (`72 clips`), which is that number, and running text, which is left to math-verify.
-    """
-    if DELIMITED.search(answer):
-        return answer
-    answer = answer.replace("$", "").strip().rstrip(".").replace("**", "^")
-    if SPACED.fullmatch(answer):  # math-verify adds `1 2` up to 3
-        return answer.replace(" ", "") if THOUSANDS.fullmatch(answer) else ""
-    words = WORD.findall(COMMAND.sub(" ", answer))
-    numbers = NUMBER.findall(answer)
-    is_formula = "\\" in answer or OPERATOR.search(answer) or FUNCTION.search(answer)
-    if words and len(numbers) == 1 and not is_formula:
-        return numbers[0]
-    if running_text and (len(words) > 1 or len(answer) > MAX_DELIMITED_CHARS):
-        return answer
-    return "$" + re.sub(r"(?<!\\)%", r"\\%", answer) + "$"
+PR_SET_PDEATHSIG = 1
+MAX_FRAMES = 8_000  # the grammar bounds its depth; sympy's trees of a long sum are deeper
 
 
 def main() -> None:
@@ -51,27 +27,77 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
+    sys.setrecursionlimit(MAX_FRAMES)
+    sys.path.append(str(Path(__file__).parents[2]))
     try:
-        from math_verify import parse, verify
+        judge = make_judge()
     except ImportError as error:
-        print(json.dumps({"missing": str(error)}), flush=True)
+        reply({"missing": str(error)})
         return
+    judge(r"\int_0^1 1\,dx", r"1")  # builds the tables of both parsers
+    gc.freeze()
+    reply({"ready": True})
+    asked = mmap.mmap(-1, 8)  # the number of the request at work, shared with the judge
+    while True:
+        child = os.fork()
+        if child == 0:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            serve(judge, asked)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            return
+        reply({"id": int.from_bytes(asked[:], "little"), "died": code})
 
-    def judge(prediction: str, running_text: bool, gold: str) -> bool:
-        # math-verify's own time limits are off: they cannot interrupt a long C call.
-        golds = parse(reading(gold, False), parsing_timeout=None)
-        found = parse(reading(prediction, running_text), parsing_timeout=None)
-        return bool(verify(golds, found, timeout_seconds=None))
 
-    judge("$\\frac{1}{2}$", False, "$0.5$")  # builds the parser's tables before the first request
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
+def make_judge():
+    """The function (prediction, gold) -> whether they are equivalent."""
+    from math_verify import parse, verify
+
+    from r1kern.rewards._math_equal import equivalent
+
+    def judge(prediction: str, gold: str) -> bool:
+        verdict = equivalent(prediction, gold)
+        if verdict is None:  # sums, integrals, limits, ...
+            # math-verify's own time limits are off: they cannot interrupt a long C call.
+            golds, found = (
+                parse(
+                    f"${text.replace('$', '')}$", parsing_timeout=None, fallback_mode="no_fallback"
+                )
+                for text in (gold, prediction)
+            )
+            verdict = bool(golds and found and verify(golds, found, timeout_seconds=None))
+        return verdict
+
+    return judge
+
+
+def serve(judge, asked: mmap.mmap) -> None:
+    """Answers requests until stdin ends."""
+    for line in lines():
         request = json.loads(line)
-        # SIGPROF's default action ends the process, inside a long C call too.
-        signal.setitimer(signal.ITIMER_PROF, request["deadline_s"])
-        correct = judge(request["prediction"], request["running_text"], request["gold"])
+        asked[:] = request["id"].to_bytes(8, "little")
+        # The default action of SIGPROF and of SIGALRM ends the process.
+        signal.setitimer(signal.ITIMER_REAL, request["wall_s"])
+        signal.setitimer(signal.ITIMER_PROF, request["processor_s"])
+        correct = judge(request["prediction"], request["gold"])
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps({"correct": correct}), flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        reply({"id": request["id"], "correct": correct})
+
+
+def lines():
+    """Lines of stdin; nothing is read ahead that a successor would miss."""
+    pending = b""
+    while chunk := os.read(0, 65536):
+        pending += chunk
+        if pending.endswith(b"\n"):
+            yield pending
+            pending = b""
+
+
+def reply(message: dict) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
 
 
 if __name__ == "__main__":

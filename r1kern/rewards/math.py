@@ -1,12 +1,29 @@
-"""Accuracy of mathematical answers: math-verify in killable processes, plain numbers in line.
+r"""Accuracy of mathematical answers: equivalence, judged in killable processes.
 
-The grader never hangs the loop (every request has a deadline after which its worker ends and is
-replaced), and what it could not judge is a failure, not a wrong answer.
+The answer of either text is found by `math_answer.final_answer`, brought to plain notation
+(`_math_text`), parsed (`_math_parse`) and compared by what it means (`_math_equal`, `_math_region`,
+`_math_value`); what the grammar leaves out (sums, integrals, limits) math-verify judges. Plain
+numbers and equal texts are settled in line. The grader never hangs the loop: each judgement and
+each batch has a deadline, and what could not be judged is a failure, not a wrong answer.
+
+Conventions, all on the side of refusing:
+    - Decimals are exact: 0.333 is not 1/3 and 3.14 not pi; one of six places or more stands for
+      what it rounds (0.3333333 is 1/3).
+    - 50% is 0.5 and also 50; a unit may be left out, but two units must agree (500 cm is 5 m,
+      5 m is not 5 cm; 90 degrees are not pi/2).
+    - `1, 2` is a set or list in any order, `(1, 2)` a point or open interval, in order; `3 or 4`
+      and any list that merely contains the answer are wrong.
+    - `x = 5` and `y = 2x + 3` may leave their name out. Variables keep their names.
+    - `log` is natural; roots of odd order are real; names without a sign restriction count as real.
+    - 101_2 answers 5, but 101 does not answer 101_2.
+    - The last box counts, a listing of boxes (`\\boxed{1} and \\boxed{2}`) as a list; a box that
+      is not closed is no answer.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import queue
@@ -15,6 +32,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterable
@@ -24,21 +42,23 @@ from fractions import Fraction
 from pathlib import Path
 
 from r1kern.errors import UserError
+from r1kern.rewards.math_answer import MAX_TAIL_CHARS, final_answer
 from r1kern.rewards.verdict import Verdict
 
-WALL_FACTOR = 4  # clock time allowed per second of processor time, for a loaded machine
+WALL_FACTOR = 1.7  # clock time allowed per second of processor time
+GRACE_S = 0.2  # after which a worker that did not even report its judge's death is ended
+FIRST_SLICE_S = 0.03  # processor time of a first try, so that hard ones do not hold up a batch
+BATCH_S = 10.0
+BATCH_S_PER_PAIR = 0.05
 START_S = 60.0  # importing sympy takes about a second, more on a loaded machine
-QUEUE_S = 600.0
 MAX_ANSWER_CHARS = 500  # a longer one is wrong unless it equals the gold text
-MAX_TAIL_CHARS = 2_000  # running text is judged by its end
 _WORKER = Path(__file__).with_name("_math_worker.py")
 
 
 def verify(prediction: str, gold: str) -> bool:
     """Whether `prediction` gives the answer `gold`; both raw text.
 
-    The answer of either text is its last `<answer>` block, else its last `\\boxed{}`, else what
-    follows `</think>`, else the text. Never raises on any text and never hangs: False when the
+    Never raises on any text and answers within two seconds once the workers run: False when the
     grader fails (`MathGrader.grade` tells a failure from a wrong answer). Safe from any thread.
 
     Raises:
@@ -54,102 +74,103 @@ def shared_grader() -> MathGrader:
 
 
 class MathGrader:
-    """A pool of warm math-verify processes.
+    """A pool of warm judging processes.
 
     Args:
         workers: processes, started when first needed.
-        deadline_s: seconds of processor time one judgement may take, so that a verdict does not
-            depend on the machine's load; on the clock, `WALL_FACTOR` times as many.
+        deadline_s: seconds of processor time one judgement may take, so that a verdict hardly
+            depends on the machine's load; on the clock, `WALL_FACTOR` times as many.
         memory_mb: address space of a worker, MiB.
 
     Attributes:
         close: call it to end the workers before the grader is garbage-collected.
     """
 
-    def __init__(self, *, workers: int = 2, deadline_s: float = 2.0, memory_mb: int = 2048):
+    def __init__(self, *, workers: int = 2, deadline_s: float = 1.0, memory_mb: int = 2048):
         self.deadline_s = deadline_s
         self._workers = [_Worker(memory_mb) for _ in range(workers)]
+        self._started_by = 0
+        self._starting = threading.Lock()
         self._idle: queue.Queue[_Worker] = queue.Queue()
         for worker in self._workers:
             self._idle.put(worker)
         self.close = weakref.finalize(self, _stop_all, self._workers)
 
     def grade(
-        self, pairs: Iterable[tuple[str, str]], deadline_s: float | None = None
+        self,
+        pairs: Iterable[tuple[str, str]],
+        deadline_s: float | None = None,
+        batch_deadline_s: float | None = None,
     ) -> list[Verdict]:
         """Verdicts of (prediction, gold) pairs, in order.
 
         Args:
             deadline_s: processor seconds for each pair, the grader's own where None.
+            batch_deadline_s: seconds on the clock for all of them, after which the pairs left
+                are failures; where None, `BATCH_S` and `BATCH_S_PER_PAIR` for each pair.
 
         Raises:
             UserError: math-verify is not installed.
         """
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
-        questions = [_Question.of(prediction, gold) for prediction, gold in pairs]
+        questions = [_Question(final_answer(p), final_answer(gold)) for p, gold in pairs]
         verdicts = {question: _judge_plain(question) for question in questions}
         hard = [question for question, verdict in verdicts.items() if verdict is None]
-        if len(hard) > 1:
-            with ThreadPoolExecutor(min(len(self._workers), len(hard))) as threads:
-                judged = threads.map(lambda question: self._ask(question, deadline_s), hard)
-                verdicts.update(zip(hard, judged, strict=True))
-        elif hard:
-            verdicts[hard[0]] = self._ask(hard[0], deadline_s)
+        if not hard:
+            return [verdicts[question] for question in questions]
+        if batch_deadline_s is None:
+            batch_deadline_s = BATCH_S + BATCH_S_PER_PAIR * len(hard)
+        self._start()
+        batch = _Batch(time.monotonic() + batch_deadline_s, batch_deadline_s, deadline_s)
+        slices = (min(FIRST_SLICE_S, deadline_s), deadline_s) if len(hard) > 1 else (deadline_s,)
+        for processor_s in slices:
+            verdicts.update(zip(hard, self._ask_all(hard, batch, processor_s), strict=True))
+            hard = [question for question in hard if verdicts[question].failure]
         return [verdicts[question] for question in questions]
 
-    def _ask(self, question: _Question, deadline_s: float) -> Verdict:
+    def _ask_all(self, hard: list[_Question], batch: _Batch, processor_s: float) -> list[Verdict]:
+        if len(hard) <= 1:
+            return [self._ask(question, batch, processor_s) for question in hard]
+        with ThreadPoolExecutor(min(len(self._workers), len(hard))) as threads:
+            return list(threads.map(lambda q: self._ask(q, batch, processor_s), hard))
+
+    def _ask(self, question: _Question, batch: _Batch, processor_s: float) -> Verdict:
+        late = Verdict(False, f"deadline: the batch took more than {batch.deadline_s:g} s")
+        left_s = batch.end - time.monotonic()
+        if left_s <= 0:
+            return late
         try:
-            worker = self._idle.get(timeout=QUEUE_S)
+            worker = self._idle.get(timeout=left_s)
         except queue.Empty:
-            return Verdict(False, f"no math worker became free within {QUEUE_S:.0f} s")
+            return late
         try:
-            return worker.ask(question, deadline_s)
+            left_s = max(0.01, batch.end - time.monotonic())
+            return worker.ask(question, processor_s, min(WALL_FACTOR * batch.pair_s, left_s))
         finally:
             self._idle.put(worker)
+
+    def _start(self) -> None:
+        """Start the workers, all at once, where this process has not yet."""
+        with self._starting:
+            if self._started_by != os.getpid():
+                for worker in self._workers:
+                    worker.start()
+                for worker in self._workers:
+                    worker.await_ready()
+                self._started_by = os.getpid()
 
 
 @dataclass(frozen=True)
 class _Question:
     prediction: str
-    running_text: bool
     gold: str
 
-    @classmethod
-    def of(cls, prediction: str, gold: str) -> _Question:
-        answer, running_text = _answer(prediction)
-        return cls(answer, running_text, _answer(gold)[0])
 
-
-def _answer(text: str) -> tuple[str, bool]:
-    """The answer in `text`, and whether it is running text that the answer must be sought in."""
-    inner, tagged = text, False
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start >= 0:
-        inner, tagged = text[start + len("<answer>") : end], True
-    boxed = _last_boxed(inner)
-    if boxed is not None:
-        return boxed.strip(), False
-    if tagged:
-        return inner.strip(), False
-    # A completion that opened the template and was cut off has not answered.
-    rest = text.rpartition("</think>")[2]
-    if "<think>" in rest or "<answer>" in rest:
-        return "", False
-    return rest.strip()[-MAX_TAIL_CHARS:], True
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start : start + MAX_TAIL_CHARS], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start : start + brace.start()]
-    return None
+@dataclass(frozen=True)
+class _Batch:
+    end: float  # time.monotonic()
+    deadline_s: float
+    pair_s: float  # processor seconds
 
 
 _PLAIN_NUMBER = re.compile(
@@ -166,14 +187,13 @@ def _judge_plain(question: _Question) -> Verdict | None:
         return Verdict(False)
     if prediction == gold:
         return Verdict(True)
-    longest = MAX_TAIL_CHARS if question.running_text else MAX_ANSWER_CHARS
-    if len(prediction) > longest or len(gold) > MAX_TAIL_CHARS:
+    if len(prediction) > MAX_ANSWER_CHARS or len(gold) > MAX_TAIL_CHARS:
         return Verdict(False)
     numbers = [_PLAIN_NUMBER.fullmatch(text) for text in (prediction, gold)]
     if not all(numbers):
         return None
     left, right = (_exact(number) for number in numbers)
-    # math-verify rounds to six decimals: beyond them, whether 0.3333333 is 1/3 is for it to say.
+    # Whether a long decimal stands for what it rounds is for `_math_value` to say.
     rounded = any(len(n["decimals"] or "") > 6 and not n["exponent"] for n in numbers)
     return None if rounded and left != right else Verdict(left == right)
 
@@ -184,37 +204,48 @@ def _exact(number: re.Match) -> Fraction:
 
 
 class _Worker:
-    """One math-verify process; started on demand, killed when it misses a deadline."""
+    """One judging process; killed and started again when it does not even report a death."""
 
     def __init__(self, memory_mb: int):
         self._memory_mb = memory_mb
         self._process: subprocess.Popen | None = None
         self._owner = 0
         self._ready = False
+        self._overdue = False
+        self._ids = itertools.count(1)
 
-    def ask(self, question: _Question, deadline_s: float) -> Verdict:
+    def ask(self, question: _Question, processor_s: float, wall_s: float) -> Verdict:
         if not self._is_running():
-            self._start()
-        if not self._ready:
-            self._await_ready()
-        request = {**vars(question), "deadline_s": deadline_s}
+            self.start()
+        self.await_ready()
+        limits = {"id": next(self._ids), "processor_s": processor_s, "wall_s": wall_s}
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.write(json.dumps(vars(question) | limits).encode() + b"\n")
             self._process.stdin.flush()
-            return Verdict(self._read(WALL_FACTOR * deadline_s)["correct"])
+            reply = self._read_reply(limits["id"], wall_s + GRACE_S)
+            self._overdue = False
         except TimeoutError:
-            failure = f"deadline: math-verify took more than {WALL_FACTOR * deadline_s:g} s"
+            # Once may be the machine's load; the late reply carries its request's number.
+            reply = {"died": -signal.SIGALRM}
+            if self._overdue:
+                self.start()
+            self._overdue = True
         except (EOFError, BrokenPipeError):
-            code = self._process.wait()
-            failure = f"crash: the math-verify process ended with code {code}"
-            if code == -signal.SIGPROF:
-                failure = f"deadline: math-verify took more than {deadline_s:g} s of processor time"
+            reply = {"died": self._process.wait()}
+            self.start()  # warm again by the time it is asked
         except BaseException:
-            self.stop()  # else the reply to this question would be taken for the next one's
+            self.stop()  # a request half written would garble the next one
             raise
-        self.stop()
-        self._start()  # warm again by the time it is asked
-        return Verdict(False, failure)
+        if "correct" in reply:
+            return Verdict(reply["correct"])
+        return Verdict(False, _cause(reply["died"], processor_s, wall_s))
+
+    def _read_reply(self, number: int, deadline_s: float) -> dict:
+        end = time.monotonic() + deadline_s
+        while True:
+            reply = self._read(end - time.monotonic())
+            if reply["id"] == number:
+                return reply
 
     def stop(self) -> None:
         # A forked copy of this object must not end its parent's process.
@@ -232,7 +263,7 @@ class _Worker:
             and self._process.poll() is None
         )
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self.stop()
         # -P: the folder of the script holds a math.py and must not shadow the standard library.
         # Its own process group: Ctrl-C is for the trainer, which ends the worker by closing stdin.
@@ -245,9 +276,11 @@ class _Worker:
             process_group=0,
         )
         self._owner = os.getpid()
-        self._ready = False
+        self._ready = self._overdue = False
 
-    def _await_ready(self) -> None:
+    def await_ready(self) -> None:
+        if self._ready:
+            return
         try:
             hello = self._read(START_S)
         except (TimeoutError, EOFError):
@@ -262,7 +295,7 @@ class _Worker:
         self._ready = True
 
     def _read(self, deadline_s: float) -> dict:
-        """The next reply. Raises TimeoutError past the deadline, EOFError when the process ends."""
+        """The next message. Raises TimeoutError past the deadline, EOFError when the process ends."""
         end = time.monotonic() + deadline_s
         line = b""
         with selectors.DefaultSelector() as selector:
@@ -275,6 +308,14 @@ class _Worker:
                     raise EOFError
                 line += chunk
         return json.loads(line)
+
+
+def _cause(code: int, processor_s: float, wall_s: float) -> str:
+    if code == -signal.SIGPROF:
+        return f"deadline: the judgement took more than {processor_s:g} s of processor time"
+    if code == -signal.SIGALRM:
+        return f"deadline: the judgement took more than {wall_s:.3g} s"
+    return f"crash: the judging process ended with code {code}"
 
 
 def _stop_all(workers: list[_Worker]) -> None:
