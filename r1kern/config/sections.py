@@ -174,6 +174,7 @@ class Sandbox(Section):
     timeout_s: float = Field(6.0, gt=0)  # clock time of one test
     memory_mb: Positive = 512  # address space of the program
     workers: NonNegative = 0  # programs tested at the same time; 0: one a core
+    site_packages: bool = False  # programs and tests may import our installed packages
     unsafe_local: bool = False  # without bubblewrap: the program runs with this user's rights
 
 
