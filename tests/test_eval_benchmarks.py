@@ -116,6 +116,7 @@ def test_choices_are_lettered():
 
 def test_other_formats_of_choices(tmp_path):
     questions = [f"Which is it, {i}?" for i in range(40)]
+    wrong = {f"Incorrect Answer {i}": f"no{i}" for i in (1, 2, 3)}
     gpqa = [
         {
             "Question": q,
@@ -272,5 +273,5 @@ def test_files_that_cannot_be_used(tmp_path):
     same = [{"id": 1, "problem": "Q", "answer": 1}] * 2
     with pytest.raises(UserError, match=r"math.jsonl:2: id '1' occurs twice"):
         load_records(tmp_path, "math", same)
-    with pytest.raises(UserError, match="no problem .* is left"):
+    with pytest.raises(UserError, match=r"no problem .* is left"):
         load_records(tmp_path, "livecodebench", [lcb()], since="2026-01-01")

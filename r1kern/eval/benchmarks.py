@@ -169,7 +169,7 @@ def _cluewsc(record: Record) -> Problem:
 def _lettered(record: Record, question: str, choices: list, answer: object) -> Problem:
     letters = string.ascii_uppercase[: len(choices)]
     letter = answer
-    if isinstance(answer, int) and 0 <= answer < len(choices):
+    if type(answer) is int and 0 <= answer < len(choices):
         letter = letters[answer]
     if not isinstance(letter, str) or len(letter) != 1 or letter not in letters:
         raise UserError(
