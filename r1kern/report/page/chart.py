@@ -15,7 +15,7 @@ from r1kern.report.page.series import MOST_POINTS, Series, smoothed, thinned, wi
 from r1kern.report.page.text import plural, safe
 
 WIDTH, HEIGHT = 420, 236
-LEFT, RIGHT, TOP, BOTTOM = 52, 408, 12, 196
+LEFT, RIGHT, TOP, BOTTOM = 60, 408, 12, 196
 COLOURS = 10  # --c0 ... --c9 of page.css
 
 

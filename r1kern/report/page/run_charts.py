@@ -15,6 +15,12 @@ SHARE = Style(unit="%", percent=True)
 
 # Section -> chart -> (metrics, style).  A metric that ends in "/" stands for all of that beginning.
 CHARTS: dict[str, dict[str, tuple[tuple[str, ...], Style]]] = {
+    "Optimisation": {
+        "Loss": (("loss",), Style(unit="loss", zero=False)),
+        "Gradient norm": (("grad_norm",), Style(unit="norm before clipping")),
+        "Learning rate": (("lr",), Style(unit="learning rate")),
+        "Expert load": (("expert_load",), Style(unit="fullest / mean expert")),
+    },
     "Policy": {
         "KL to the reference policy": (("kl",), Style(unit="nats per token")),
         "Entropy": (("entropy",), Style(unit="nats per token")),
@@ -27,12 +33,6 @@ CHARTS: dict[str, dict[str, tuple[tuple[str, ...], Style]]] = {
             ("mismatch", "max_mismatch"),
             Style(unit="log-prob difference, nats", log=True),
         ),
-    },
-    "Optimisation": {
-        "Loss": (("loss",), Style(unit="loss", zero=False)),
-        "Gradient norm": (("grad_norm",), Style(unit="norm before clipping")),
-        "Learning rate": (("lr",), Style(unit="learning rate")),
-        "Expert load": (("expert_load",), Style(unit="fullest / mean expert")),
     },
     "Speed and memory": {
         "Throughput": (("tokens_per_s",), Style(unit="tokens / s", note="All phases counted.")),
