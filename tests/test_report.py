@@ -350,16 +350,61 @@ def test_pipeline(browser, tmp_path):
 
 
 def test_evaluation(browser, tmp_path):
-    aime = {"pass@1": 0.713, "cons@64": 0.867, "half_interval": 0.02, "problems": 30}
-    results = {"model": HOSTILE[1], "benchmarks": {"aime_2024": aime, HOSTILE[0]: {"rating": 2029}}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    aime = {"pass@1": 0.713, "cons@64": 0.867, "interval": [0.6, 0.8], "problems": 30}
+    code = {"pass@1": 0.5, "interval": None, "codeforces": {"rating": 2029.0}}
+    benchmarks = {
+        "aime_2024": {"metrics": aime, "left_out": {"no answer": 3, "a picture": 1}},
+        HOSTILE[0]: {"metrics": code},
+        "flat": {"accuracy": 0.25},
+    }
+    (tmp_path / "results.json").write_text(
+        json.dumps({"model": HOSTILE[1], "benchmarks": benchmarks})
+    )
+    (tmp_path / "config.yaml").write_text("model: {path: x}")
     browser.open(make_report(tmp_path))
     table = browser.evaluate(
         "[...document.querySelectorAll('tr')].map(r => [...r.cells].map(c => c.textContent))"
     )
-    assert table[0] == ["benchmark", "pass@1", "cons@64", "half_interval", "problems", "rating"]
-    assert table[1] == ["aime_2024", "71.3 %", "86.7 %", "2.0 %", "30", "\u2013"]
-    assert table[2][1:] == ["\u2013"] * 4 + ["2029"]
+    none = "\u2013"
+    assert table == [
+        ["benchmark", "pass@1", "cons@64", "problems", "codeforces/rating", "accuracy"],
+        ["aime_2024", "71.3 %", "86.7 %", "30", none, none],
+        [" ".join(HOSTILE[0].split()), "50.0 %", none, none, "2029", none],
+        ["flat", none, none, none, none, "25.0 %"],
+    ]
+    bars = browser.evaluate(
+        "[...document.querySelectorAll('.points .track')].map(e => [...e.children].map("
+        "c => [c.offsetLeft / e.clientWidth, c.clientWidth / e.clientWidth]))"
+    )
+    assert bars[0][0] == pytest.approx([0.6, 0.2], abs=0.01)
+    assert [bar[-1][0] for bar in bars] == pytest.approx([0.713, 0.5], abs=0.01)
+    assert "aime_2024: 4 problems left out" in browser.evaluate("document.body.innerText")
+
+
+def test_other_kinds_of_runs(tmp_path):
+    """A reward model and PPO; a run that has yet to write its first step."""
+    for name, config, record, told in (
+        (
+            "reward",
+            {"data": {"reads": "summary"}},
+            {"accuracy": 0.7, "margin": 1.5},
+            "Reward model",
+        ),
+        ("ppo", {"grpo": {}, "ppo": {"lam": 1.0}}, {"value/mean": 0.4}, "Value model"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        assert "0 steps" in make_report(folder).read_text()
+        lines = [
+            json.dumps({"step": i} | {k: v + i / 10 for k, v in record.items()}) for i in range(2)
+        ]
+        lines.append(json.dumps({"step": 1, "eval/accuracy": 0.6}))
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        page = make_report(folder).read_text()
+        assert told in page
+        assert "60.0 %" in page
+        assert all(key in page for key in record)
 
 
 def test_long_runs_stay_small(tmp_path):
