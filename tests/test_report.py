@@ -8,20 +8,22 @@ import math
 import random
 import re
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from browser import Browser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from launch import ROOT, environment
 from PIL import Image
 
+from r1kern import cli
+from r1kern.distributed import World
 from r1kern.errors import UserError
 from r1kern.report.html import make_report, write_report
+from r1kern.report.machine import record_machine
 from r1kern.report.page.records import number
 from r1kern.report.page.reflection import reflections
 from r1kern.report.page.text import visible
@@ -227,6 +229,13 @@ def test_pointer_and_arrow_keys_tell_values(browser, tmp_path):
     assert "step 60" in told
     reward = metrics_of(60)["reward"]
     assert f"total {reward:.4g}" in told
+    tip = browser.evaluate(
+        find
+        + """const b = f.querySelector(".tip").getBoundingClientRect();
+        return [b.left, b.top, b.right, b.bottom]; })()"""
+    )
+    assert box[0] <= tip[0] < tip[2] <= box[0] + box[2]
+    assert box[1] <= tip[1] < tip[3] <= box[1] + box[3] + 60
     press = 'f.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"})); '
     told = browser.evaluate(find + press + 'return f.querySelector(".tip").innerText; })()')
     assert "step 59" in told
@@ -248,8 +257,9 @@ def test_completions_are_inert_and_bounded(browser, tmp_path):
     assert browser.evaluate("[...document.querySelectorAll('.text mark')].map(e => e.textContent)")[
         :2
     ] == ["Wait", "let me re-check"]
-    assert max(map(len, texts)) == 4000
-    assert "characters left out" in browser.evaluate("document.body.textContent")
+    longest = max(texts, key=len)
+    assert len(longest) < 4100
+    assert longest.count("characters left out") == 1
     before, after = browser.evaluate("""(() => {
         const text = [...document.querySelectorAll("details[open] .fold")].at(-1);
         const before = text.clientHeight; text.nextSibling.click();
@@ -340,20 +350,65 @@ def test_pipeline(browser, tmp_path):
 
 
 def test_evaluation(browser, tmp_path):
-    aime = {"pass@1": 0.713, "cons@64": 0.867, "half_interval": 0.02, "problems": 30}
-    results = {"model": HOSTILE[1], "benchmarks": {"aime_2024": aime, HOSTILE[0]: {"rating": 2029}}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    aime = {"pass@1": 0.713, "cons@64": 0.867, "interval": [0.6, 0.8], "problems": 30}
+    code = {"pass@1": 0.5, "interval": None, "codeforces": {"rating": 2029.0}}
+    benchmarks = {
+        "aime_2024": {"metrics": aime, "left_out": {"no answer": 3, "a picture": 1}},
+        HOSTILE[0]: {"metrics": code},
+        "flat": {"accuracy": 0.25},
+    }
+    (tmp_path / "results.json").write_text(
+        json.dumps({"model": HOSTILE[1], "benchmarks": benchmarks})
+    )
+    (tmp_path / "config.yaml").write_text("model: {path: x}")
     browser.open(make_report(tmp_path))
     table = browser.evaluate(
         "[...document.querySelectorAll('tr')].map(r => [...r.cells].map(c => c.textContent))"
     )
-    assert table[0] == ["benchmark", "pass@1", "cons@64", "half_interval", "problems", "rating"]
-    assert table[1] == ["aime_2024", "71.3 %", "86.7 %", "2.0 %", "30", "\u2013"]
-    assert table[2][1:] == ["\u2013"] * 4 + ["2029"]
+    none = "\u2013"
+    assert table == [
+        ["benchmark", "pass@1", "cons@64", "problems", "codeforces/rating", "accuracy"],
+        ["aime_2024", "71.3 %", "86.7 %", "30", none, none],
+        [" ".join(HOSTILE[0].split()), "50.0 %", none, none, "2029", none],
+        ["flat", none, none, none, none, "25.0 %"],
+    ]
+    bars = browser.evaluate(
+        "[...document.querySelectorAll('.points .track')].map(e => [...e.children].map("
+        "c => [c.offsetLeft / e.clientWidth, c.clientWidth / e.clientWidth]))"
+    )
+    assert bars[0][0] == pytest.approx([0.6, 0.2], abs=0.01)
+    assert [bar[-1][0] for bar in bars] == pytest.approx([0.713, 0.5], abs=0.01)
+    assert "aime_2024: 4 problems left out" in browser.evaluate("document.body.innerText")
+
+
+def test_other_kinds_of_runs(tmp_path):
+    """A reward model and PPO; a run that has yet to write its first step."""
+    for name, config, record, told in (
+        (
+            "reward",
+            {"data": {"reads": "summary"}},
+            {"accuracy": 0.7, "margin": 1.5},
+            "Reward model",
+        ),
+        ("ppo", {"grpo": {}, "ppo": {"lam": 1.0}}, {"value/mean": 0.4}, "Value model"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        assert "0 steps" in make_report(folder).read_text()
+        lines = [
+            json.dumps({"step": i} | {k: v + i / 10 for k, v in record.items()}) for i in range(2)
+        ]
+        lines.append(json.dumps({"step": 1, "eval/accuracy": 0.6}))
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        page = make_report(folder).read_text()
+        assert told in page
+        assert "60.0 %" in page
+        assert all(key in page for key in record)
 
 
 def test_long_runs_stay_small(tmp_path):
-    run = write_run(tmp_path / "run", steps=4000, texts=("&" * 9000, "<" * 9000, "wait " * 2000))
+    run = write_run(tmp_path / "run", steps=2000, texts=("&" * 9000, "<" * 9000, "wait " * 2000))
     assert make_report(run).stat().st_size < LIMIT
     stages = [stage(f"s{i}", run="run") for i in range(9)]
     (tmp_path / "pipeline.json").write_text(json.dumps({"stages": stages}))
@@ -459,22 +514,27 @@ def test_mistakes_are_one_line(tmp_path, caplog):
     assert write_report(run) == run / "report.html"
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-
-    def report(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "r1kern", "report", *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
-        )
-
-    done = report(run, "--out", tmp_path / "page.html")
-    assert done.returncode == 0, done.stderr
-    assert "report: " in done.stdout
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "report: " in capsys.readouterr().out
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    wrong = report(tmp_path / "nothing")
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("\n") == 1
+    assert cli.run(["report", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_tells_its_machine(tmp_path):
+    run = write_run(tmp_path / "run")
+    record_machine(run, World(0, 4, torch.device("cpu"), 2, 1, 1, 2, 0, True))
+    page = make_report(run).read_text()
+    assert f"4 processes, {cpu_name()}" in page
+    assert f"torch {torch.__version__}" in page
+
+
+def cpu_name() -> str:
+    """Another source than the one the run asks."""
+    lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"Model name:\s*(.+)", lines)[1].strip()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 from r1kern.errors import UserError
+from r1kern.report.metrics import METRICS
 from r1kern.report.page.document import document
-from r1kern.report.page.evaluation import RESULTS, evaluation_tabs
+from r1kern.report.page.evaluation import RESULTS, evaluation_section
 from r1kern.report.page.pipeline import PIPELINE, pipeline_tabs
 from r1kern.report.page.run import run_section
 from r1kern.report.page.run_data import is_run
@@ -65,10 +66,13 @@ def _page(folder: Path) -> str:
         if (folder / PIPELINE).is_file():
             name, tabs = pipeline_tabs(folder)
             return document(name or title, "Pipeline", tabs)
-        if is_run(folder):
-            return document(title, "Run", [("Run", run_section(folder))])
+        tabs = []
+        if (folder / METRICS).is_file() or (is_run(folder) and not (folder / RESULTS).is_file()):
+            tabs.append(("Run", run_section(folder)))
         if (folder / RESULTS).is_file():
-            return document(title, "Evaluation", evaluation_tabs(folder))
+            tabs.append(("Evaluation", evaluation_section(folder)))
+        if tabs:
+            return document(title, tabs[0][0], tabs)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error}): look at its permissions") from error
     raise UserError(

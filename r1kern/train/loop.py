@@ -24,6 +24,7 @@ from r1kern.distributed import World
 from r1kern.errors import Interrupted, UserError
 from r1kern.report.device import Meter
 from r1kern.report.ledger import Ledger
+from r1kern.report.machine import record_machine
 from r1kern.report.metrics import MetricsLog
 from r1kern.report.rollouts import forget_rollouts
 from r1kern.train.checkpoint import Checkpoints
@@ -174,6 +175,7 @@ def _begin(trainer: Trainer, folder: Path, checkpoints: Checkpoints, resume: boo
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(trainer.config))
         (folder / JOB).write_text(_job())
+        record_machine(folder, trainer.world)
         # Of the steps to come only the first one's were sampled from the weights at hand.
         forget_rollouts(folder, after=first + 1 if first else 0)
     if first:

@@ -74,21 +74,24 @@ def rows(title: str, amounts: Sequence[tuple[str, float]], *, unit: str, whole: 
     return f'<figure class="rows"><figcaption>{safe(title)}</figcaption>{lines}</figure>'
 
 
-def points(title: str, measured: Sequence[tuple[str, float, float | None]], note: str) -> str:
-    """One point for each (name, share of 1, half of its interval) on an axis from 0 to 100 %."""
+Measured = tuple[str, float, tuple[float, float] | None]  # name, share of 1, its interval
+
+
+def points(title: str, measured: Sequence[Measured], note: str) -> str:
+    """One point for each, with its interval, on an axis from 0 to 100 %."""
     if not measured:
         return ""
     lines = []
-    for name, value, half in measured:
-        spread = ""
-        if half is not None:
-            low, high = max(0.0, value - half), min(1.0, value + half)
-            spread = f'<i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
-        plus = "" if half is None else f" <small>± {100 * half:.1f}</small>"
+    for name, value, interval in measured:
+        bar = told = ""
+        if interval is not None:
+            low, high = (min(max(v, 0.0), 1.0) for v in interval)
+            bar = f'<i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
+            told = f" <small>{100 * low:.1f} to {100 * high:.1f}</small>"
         lines.append(
-            f'<div class="row"><span>{safe(name)}</span><div class="track dot">{spread}'
+            f'<div class="row"><span>{safe(name)}</span><div class="track dot">{bar}'
             f'<em style="left:{100 * min(max(value, 0.0), 1.0):.2f}%"></em></div>'
-            f"<b>{short(value, percent=True)}{plus}</b></div>"
+            f"<b>{short(value, percent=True)}{told}</b></div>"
         )
     scale = "".join(f'<u style="left:{p}%">{p}</u>' for p in (0, 25, 50, 75, 100))
     return (

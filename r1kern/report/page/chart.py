@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from r1kern.report.page import axis
 from r1kern.report.page.axis import Axis
 from r1kern.report.page.series import MOST_POINTS, Series, smoothed, thinned, window
-from r1kern.report.page.text import plural, safe
+from r1kern.report.page.text import brief, plural, safe
 
 WIDTH, HEIGHT = 420, 236
-LEFT, RIGHT, TOP, BOTTOM = 52, 408, 12, 196
+LEFT, RIGHT, TOP, BOTTOM = 60, 408, 12, 196
 COLOURS = 10  # --c0 ... --c9 of page.css
 
 
@@ -48,6 +48,7 @@ def line_chart(
     Args:
         points: most points of a line; longer ones are binned, and the caption says so.
     """
+    lines, more = lines[:COLOURS], len(lines[COLOURS:])
     below = sum(v <= 0 for s in lines for v in s.present) if style.log else 0
     lines = [thinned(s, points) for s in lines if s.present]
     if style.log:
@@ -69,13 +70,13 @@ def line_chart(
         "series": [_values(s) for s in lines],
     }
     title += " (log scale)" if style.log else ""
-    return figure(title, [s.name for s in lines], body, values, _caption(lines, style, below))
+    return figure(title, [s.name for s in lines], body, values, _caption(lines, style, below, more))
 
 
 def figure(title: str, names: Sequence[str], body: Sequence[str], values: dict, note: str) -> str:
     """A chart's frame: title, legend, picture, caption and the values under it."""
     legend = "".join(
-        f'<span><i style="--c:var(--c{i % COLOURS})"></i>{safe(name)}</span>'
+        f'<span><i style="--c:var(--c{i % COLOURS})"></i>{safe(brief(name, 48))}</span>'
         for i, name in enumerate(names)
     )
     return (
@@ -217,14 +218,16 @@ def _within(value: float, up: Axis) -> float:
 
 def _values(s: Series) -> dict:
     rounded = [None if y is None else float(f"{y:.7g}") for y in s.y]
-    found = {"name": s.name, "x": s.x, "y": rounded}
+    found = {"name": brief(s.name, 48), "x": s.x, "y": rounded}
     if s.half:
         found["half"] = [None if h is None else float(f"{h:.7g}") for h in s.half]
     return found
 
 
-def _caption(lines: list[Series], style: Style, below: int) -> str:
+def _caption(lines: list[Series], style: Style, below: int, more: int) -> str:
     notes = [style.note] if style.note else []
+    if more:
+        notes.append(f"{plural(more, 'more line')} not drawn.")
     if below:
         notes.append(f"{plural(below, 'value')} of 0 or less cannot be shown on a log scale.")
     size = max(s.bin for s in lines)

@@ -42,7 +42,8 @@ function chart(figure) {
     const right = x > (data.left + data.right) / 2;
     tip.style.left = right ? "" : (100 * (x + 8)) / box.width + "%";
     tip.style.right = right ? (100 * (box.width - x + 8)) / box.width + "%" : "";
-    tip.style.top = svg.offsetTop + 6 + "px";
+    const top = svg.getBoundingClientRect().top - figure.getBoundingClientRect().top;
+    tip.style.top = top + 6 + "px";
   }
 
   function hide() {

@@ -12,6 +12,8 @@ from r1kern.report.page.run_data import is_run
 from r1kern.report.page.stages import PIPELINE, STATES, Stage, read_stages
 from r1kern.report.page.text import NONE, brief, duration, safe, short
 
+NOT = (None, None, "")  # measured
+
 
 def pipeline_tabs(folder: Path) -> tuple[str, list[tuple[str, str]]]:
     """The pipeline's name and its tabs: an overview, then one for each stage."""
@@ -49,13 +51,14 @@ def _accuracies(stages: list[Stage]) -> str:
     labels = dict.fromkeys(label for s in stages for label in s.accuracy)
     charts = []
     for label in labels:
-        measured = [(s.name, *s.accuracy[label]) for s in stages if label in s.accuracy]
-        sizes = {size for *_, size in measured if size}
-        note = f"{' or '.join(sorted(sizes))}. " if sizes else ""
-        note += "Bar: 95 % interval." if any(half is not None for _, _, half, _ in measured) else ""
-        charts.append(
-            points(f"pass@1, {label}", [(name, v, half) for name, v, half, _ in measured], note)
-        )
+        measured, sizes = [], set()
+        for name, (value, half, size) in ((s.name, s.accuracy.get(label, NOT)) for s in stages):
+            if value is not None:
+                measured.append((name, value, half and (value - half, value + half)))
+                sizes.add(size)
+        notes = [" or ".join(sorted(filter(None, sizes)))]
+        notes += ["bar: 95 % interval"] if any(interval for *_, interval in measured) else []
+        charts.append(points(f"pass@1, {label}", measured, "; ".join(filter(None, notes))))
     if not charts:
         return ""
     return f'<h3>Measured accuracy</h3><div class="charts">{"".join(charts)}</div>'

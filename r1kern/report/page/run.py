@@ -71,8 +71,10 @@ def what(run: RunData) -> str:
         return "PPO"
     if run.option("grpo") is not None:
         return "GRPO"
+    if run.option("data", "reads") is not None:
+        return "Reward model"
     if run.option("rollout") is None and run.option("train", "batch_size") is not None:
-        return "Reward model" if "pair_accuracy" in run.columns else "Supervised fine-tuning"
+        return "Supervised fine-tuning"
     return "Training"
 
 

@@ -15,6 +15,12 @@ SHARE = Style(unit="%", percent=True)
 
 # Section -> chart -> (metrics, style).  A metric that ends in "/" stands for all of that beginning.
 CHARTS: dict[str, dict[str, tuple[tuple[str, ...], Style]]] = {
+    "Optimisation": {
+        "Loss": (("loss",), Style(unit="loss", zero=False)),
+        "Gradient norm": (("grad_norm",), Style(unit="norm before clipping")),
+        "Learning rate": (("lr",), Style(unit="learning rate")),
+        "Expert load": (("expert_load",), Style(unit="fullest / mean expert")),
+    },
     "Policy": {
         "KL to the reference policy": (("kl",), Style(unit="nats per token")),
         "Entropy": (("entropy",), Style(unit="nats per token")),
@@ -28,11 +34,10 @@ CHARTS: dict[str, dict[str, tuple[tuple[str, ...], Style]]] = {
             Style(unit="log-prob difference, nats", log=True),
         ),
     },
-    "Optimisation": {
-        "Loss": (("loss",), Style(unit="loss", zero=False)),
-        "Gradient norm": (("grad_norm",), Style(unit="norm before clipping")),
-        "Learning rate": (("lr",), Style(unit="learning rate")),
-        "Expert load": (("expert_load",), Style(unit="fullest / mean expert")),
+    "Value model": {
+        "Values and returns": (("value/mean", "value/return"), Style(unit="reward")),
+        "Explained variance": (("value/explained_variance",), Style(unit="share of 1")),
+        "Advantages": (("advantage/mean", "advantage/std"), Style(unit="reward")),
     },
     "Speed and memory": {
         "Throughput": (("tokens_per_s",), Style(unit="tokens / s", note="All phases counted.")),
@@ -54,7 +59,14 @@ CHARTS: dict[str, dict[str, tuple[tuple[str, ...], Style]]] = {
         "Speed of the sync": (("sync_gb_per_s",), Style(unit="GB / s")),
     },
 }
-LEARNING = ("reward", "pass_rate", "truncated", "zero_variance_groups", "response_length")
+SHARES = {
+    "pass_rate": "correct",
+    "accuracy": "pairs ranked right",  # of a reward model
+    "truncated": "cut off at the token limit",
+    "zero_variance_groups": "groups without signal",
+}
+LEARNING = ("reward", "response_length", *SHARES)
+ACCURACIES = ("pass@", "cons@", "accuracy")
 MOST_OTHERS = 40
 
 
@@ -69,11 +81,6 @@ def learning(run: RunData, samples: Samples, points: int) -> str:
     length = [run.series(k, "training") for k in ("response_length",) if k in run.columns]
     if "response_length" in run.evaluations:
         length.append(run.evaluated("response_length", "held-out"))
-    shares = {
-        "pass_rate": "correct",
-        "truncated": "cut off at the token limit",
-        "zero_variance_groups": "groups without signal",
-    }
     charts = [
         line_chart(
             "Reward by term",
@@ -85,7 +92,7 @@ def learning(run: RunData, samples: Samples, points: int) -> str:
         line_chart("Response length", length, Style(unit="tokens, mean"), points=points),
         line_chart(
             "Training samples",
-            [run.series(k, name) for k, name in shares.items() if k in run.columns],
+            [run.series(k, name) for k, name in SHARES.items() if k in run.columns],
             SHARE,
             points=points,
         ),
@@ -95,8 +102,8 @@ def learning(run: RunData, samples: Samples, points: int) -> str:
 
 
 def accuracies(run: RunData) -> list[Series]:
-    """pass@1 with its interval, pass@k, cons@k: of the held-out problems."""
-    names = [k for k in run.evaluations if k.startswith(("pass@", "cons@"))]
+    """pass@1 with its interval, pass@k, cons@k of held-out problems; accuracy on held-out pairs."""
+    names = [k for k in run.evaluations if k.startswith(ACCURACIES)]
     return [run.evaluated(k, half="half_interval" if k == "pass@1" else "") for k in names]
 
 
@@ -148,7 +155,7 @@ def sections(run: RunData, points: int) -> tuple[dict[str, str], dict[str, float
     constant |= {m: run.columns[m][-1] for m in rest if _constant(run.columns[m])}
     shown = [m for m in rest if m not in constant]
     html = [line_chart(m, [run.series(m)], Style(), points=points) for m in shown[:MOST_OTHERS]]
-    others = [k for k in run.evaluations if not k.startswith(("pass@", "cons@", "seconds/"))]
+    others = [k for k in run.evaluations if not k.startswith((*ACCURACIES, "seconds/"))]
     others = [k for k in others if k not in ("half_interval", "response_length")]
     for metric in others[:MOST_OTHERS]:
         if _constant(run.evaluations[metric]):

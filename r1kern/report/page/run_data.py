@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from r1kern.report.machine import MACHINE
 from r1kern.report.metrics import METRICS
 from r1kern.report.page.records import Broken, number, read_config, read_json, read_lines
 from r1kern.report.page.series import Series
@@ -83,7 +84,7 @@ def read_run(folder: Path, broken: Broken) -> RunData:
         config=config,
         config_text=text,
         model=_model(folder, config),
-        machine=read_json(folder / "machine.json") or {},
+        machine=read_json(folder / MACHINE) or {},
         ended=datetime.fromtimestamp(path.stat().st_mtime).astimezone() if path.is_file() else None,
     )
 

@@ -39,7 +39,7 @@ def _group(group: Group, longest: int) -> str:
 
 
 def _card(kind: str, sample: Sample, longest: int) -> str:
-    text, left = clip(sample.text, longest)
+    head, left, tail = _ends(sample.text, longest)
     count = len(reflections(sample.text))
     facts = [f"reward {short(sample.total)}" if sample.total is not None else ""]
     facts += [f"{brief(k, 40)} {short(v)}" for k, v in sample.terms.items()]
@@ -52,12 +52,20 @@ def _card(kind: str, sample: Sample, longest: int) -> str:
     if count:
         tags += f'<span class="reflects">{plural(count, "reflection")}</span>'
     failure = f'<p class="bad">{safe(brief(sample.failure, 300))}</p>' if sample.failure else ""
-    cut = f"<p><small>… {plural(left, 'character')} left out</small></p>" if left else ""
-    folded = " fold" if len(text) > FOLDED or text.count("\n") > 12 else ""
+    gap = f'<small class="cut">… {plural(left, "character")} left out …</small>' if left else ""
+    folded = " fold" if len(head) > FOLDED or head.count("\n") > 12 else ""
     return (
         f'<article class="sample"><header><b>{safe(kind)}</b>{tags}</header>{failure}'
-        f'<div class="text{folded}" dir="auto">{_marked(text)}</div>{cut}</article>'
+        f'<div class="text{folded}" dir="auto">{_marked(head)}{gap}{_marked(tail)}</div></article>'
     )
+
+
+def _ends(text: str, longest: int) -> tuple[str, int, str]:
+    """Head, characters left out, and tail, where the answer is."""
+    if len(text) <= longest:
+        return text or "(empty)", 0, ""
+    tail = longest // 3
+    return text[: longest - tail], len(text) - longest, text[-tail:]
 
 
 def _marked(text: str) -> str:
@@ -65,4 +73,4 @@ def _marked(text: str) -> str:
     for start, end in reflections(text):
         parts += [safe(text[at:start]), f"<mark>{safe(text[start:end])}</mark>"]
         at = end
-    return "".join([*parts, safe(text[at:])]) or "<i>(empty)</i>"
+    return "".join([*parts, safe(text[at:])])

@@ -23,7 +23,7 @@ from r1kern.report.page.records import (
 from r1kern.report.page.reflection import reflections
 
 MOST_FILES = 120  # looked through for words of reflection
-MOST_BYTES = 256 * 2**20  # read in all; each file gets its share, of which it shows whole lines
+MOST_BYTES = 128 * 2**20  # read in all; each file gets its share, of which it shows whole lines
 
 
 @dataclass(frozen=True)
