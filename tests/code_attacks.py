@@ -463,7 +463,7 @@ HOGS = {
     "endless output": ("while True: print('a' * 4096)", ""),
     "endless errors": ("import sys\nwhile True: sys.stderr.write('a' * 4096)", ""),
     "one large block": ("x = bytearray(1 << 34)", "memory"),
-    "grows": ("x = []\nwhile True: x.append(bytearray(1 << 20))", "memory"),
+    "grows": ("x = []\nwhile True: x.append(bytearray(1 << 24))", "memory"),
     "recursion": ("def g(): return g()\ng()", "RecursionError"),
     "recursion through C": (
         "import sys, functools\nsys.setrecursionlimit(10 ** 9)\n"

@@ -470,7 +470,7 @@ def test_the_programs_children_end_with_us():
         commands = [p.info["cmdline"] or [""] for p in psutil.process_iter(["cmdline"])]
         return [c for c in commands if c[0] == "sleep" and nap in c[-1]]
 
-    wait_until(sleeping)
+    wait_until(sleeping)  # the program runs
     trainer.kill()
     trainer.wait()
     wait_until(lambda: not sleeping())

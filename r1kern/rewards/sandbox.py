@@ -236,10 +236,11 @@ class Sandboxed:
                 reason = self.errors().strip()[-300:] or f"no start within {START_S:.0f} s"
                 raise UserError(f"the sandbox does not start ({reason}): {REMEDY}")
             self._status += chunk
-        try:
-            pid = json.loads(self._status.splitlines()[0])["child-pid"]
+        pid = json.loads(self._status.splitlines()[0])["child-pid"]
+        with contextlib.suppress(ProcessLookupError):  # it has ended
             self._child = self._keep(os.pidfd_open(pid))
-        except ProcessLookupError:  # it has ended, and so will bubblewrap
+        # The number is surely its own only while bubblewrap lives.
+        if self._child is None or self.wait(0):
             self._child = self._pidfd
 
     def _await_exit(self) -> int:
