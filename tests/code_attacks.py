@@ -321,7 +321,7 @@ for path in ("/proc/1/environ", "/proc/self/mem", "/proc/kmsg", "/proc/cmdline",
 import os
 for path in ("{home}/new", "/usr/new", "/box/new", "/new", "/dev/new", "/dev/shm/new", "/etc/new",
              "/box/program.py", "/usr/bin/env", "/var/tmp/new"):
-    denied(open, path, "w")
+    denied(open, path, "a")
 """,
     "writes to the machine's /tmp": "open('/tmp/{mark}', 'w').write('x')",
     "forks": "import os\ndenied(os.fork)\ndenied(os.forkpty)",
