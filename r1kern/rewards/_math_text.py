@@ -29,6 +29,13 @@ _REWRITES = [
         (r"^(-?)\\?\$\s*([\d.,]+)$", r"\1\2 dollar"),
         (r"\b(?:square|sq\.?) ([a-z]+)", r"\1^2"),
         (r"\bcubic ([a-z]+)", r"\1^3"),
+        (r"(\d) *[xX] *(?=10 *\^)", r"\1*"),
+        (r"(\d[\d.]*) (?=[mbt]r?illion\b)", r"\1*"),
+        (r"\bmillion\b", "10^6"),
+        (r"\bbillion\b", "10^9"),
+        (r"\btrillion\b", "10^{12}"),
+        (r"\)\^\{?(?:T|\\top|\\intercal|\\mathsf\{?T\}?)\}?$", ")"),
+        (r"^\s*(?:=|\\approx)\s*", ""),
         (r"\\\$|\\euro\b|\\pound\b|\\yen\b", " "),
         (r"(\\\\)\[[\d.]+ *[a-z]{2}\]", r"\1"),
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
@@ -94,7 +101,8 @@ def normalise(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _SPACES.sub(" ", text).strip()
-    text = text.rstrip(" .,;。") if not text.endswith("\\.") else text
+    text = text.rstrip(" .,;。\\")
+    text = _BASE_WORD.sub(lambda m: "_{" + _NUMBER_WORDS[m[1]] + "}", text)
     return text.replace(" ", "") if _SPACED_THOUSANDS.fullmatch(text) else text
 
 
@@ -131,8 +139,9 @@ _NUMBER_WORDS = {
         ]
     )
 }
+_BASE_WORD = re.compile(rf"_\{{ *({'|'.join(_NUMBER_WORDS)}) *\}}")
 _ARTICLE = re.compile(r"^(?:(?:it|this|that) is |the |an |a )+")
-_NOT_A_WORD = re.compile(r"[^\w ]+")
+_PUNCTUATION = re.compile(r"[.,;:!?'\"(){}]+")
 
 
 _IDLE_SPACE = re.compile(r"(?<!\w) | (?!\w)|(?<!\d) (?=\d)|(?<=\d) (?!\d)")
@@ -145,7 +154,7 @@ def same_text(left: str, right: str) -> bool:
 
 def words(text: str) -> str:
     """A text answer's words: lower case, without articles and punctuation."""
-    text = _SPACES.sub(" ", _NOT_A_WORD.sub(" ", text.lower())).strip()
+    text = _SPACES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).strip()
     return _ARTICLE.sub("", text)
 
 
@@ -204,7 +213,7 @@ _UNITS = {
 _NAMES = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
 _ONE_UNIT = rf"(?<![a-zA-Z])({_NAMES})(?:s|es)?\.?(?: *\^ *\{{?([-\d]+)\}}?)?"
 _UNIT_TAIL = re.compile(
-    rf"(?P<value>.*[\d)}}\]a-zA-Z!])(?P<gap> *){_ONE_UNIT}(?: *(?:/|per) *{_ONE_UNIT})?"
+    rf"(?P<value>.*?[\d)}}\]a-zA-Z!])(?P<gap> *){_ONE_UNIT}(?: *(?:/|per) *{_ONE_UNIT})?"
     r"(?: squared| old| long| wide| tall| high)?",
     re.DOTALL,
 )
