@@ -1,5 +1,7 @@
 """Notation made uniform: Unicode, LaTeX dressing, words and units around a formula."""
 
+# ruff: noqa: RUF001  look-alikes of ASCII are what this file replaces
+
 from __future__ import annotations
 
 import re
@@ -19,8 +21,10 @@ _UNICODE = {
     "€": r"\euro ", "£": r"\pound ", "¥": r"\yen ", "￥": r"\yen ",
     "∑": r"\sum ", "∫": r"\int ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
     "⌉": r"\rceil ", "∠": r"\angle ",
-    **dict(zip("αβγδεζηθκλμνρστφχψω", map(r"\{} ".format, ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"]), strict=True)),
 }  # fmt: skip
+for _letter in "αβγδεζηθκλμνρστφχψω":
+    _name = unicodedata.name(_letter).rpartition(" ")[2].lower().replace("lamda", "lambda")
+    _UNICODE[_letter] = rf"\{_name} "
 _TRANSLATION = str.maketrans(_UNICODE)
 
 _REWRITES = [
@@ -41,7 +45,7 @@ _REWRITES = [
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
         (r"\\(?:left|right|middle)\s*(?:\.(?!\d)|(?![A-Za-z]))", ""),
         (r"\\(?:[bB]igg?[lrm]?)(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|hfill|bf|rm|it)(?![A-Za-z])", ""),
+        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it)(?![A-Za-z])", ""),
         (r"(\d),\\[!, ]\s*(?=\d{3})|(\d)\{,\}(?=\d{3})", r"\1\2"),
         (r"(\d)\\[,;: ](?=\d{3}(?!\d))", r"\1"),
         (r"(?<!\\)\\!", ""),

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from mpmath import mp
 
-from r1kern.rewards._math_parse import Node
+from r1kern.rewards._math_tokens import Node
 
 DIGITS = 50
 TOLERANCE = mp.mpf(10) ** -30
@@ -297,9 +297,12 @@ _OPERATIONS = {
     "degree": _degrees,
     "ratio": _divide,
 }
+_ANGLE_FUNCTIONS = ("sin", "cos", "tan", "cot", "sec", "csc")
 _FUNCTIONS = {
-    **{name: getattr(mp, name) for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "sech", "csch", "asin", "acos", "atan"]},
-    **{"arc" + name: getattr(mp, "a" + name) for name in ["sin", "cos", "tan", "cot", "sec", "csc"]},
+    **{name: getattr(mp, name) for name in _ANGLE_FUNCTIONS},
+    **{name + "h": getattr(mp, name + "h") for name in _ANGLE_FUNCTIONS},
+    **{"arc" + name: getattr(mp, "a" + name) for name in _ANGLE_FUNCTIONS},
+    **{"a" + name: getattr(mp, "a" + name) for name in ("sin", "cos", "tan")},
     "exp": mp.exp, "Re": mp.re, "Im": mp.im, "sgn": mp.sign, "arg": mp.arg,
 }  # fmt: skip
 

@@ -295,7 +295,7 @@ class _Worker:
         self._ready = True
 
     def _read(self, deadline_s: float) -> dict:
-        """The next message. Raises TimeoutError past the deadline, EOFError when the process ends."""
+        """The next message. Raises TimeoutError when late, EOFError when the process ends."""
         end = time.monotonic() + deadline_s
         line = b""
         with selectors.DefaultSelector() as selector:

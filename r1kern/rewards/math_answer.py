@@ -21,7 +21,9 @@ _ASSERTION = re.compile(
     r"|\u7b54\u6848\s*(?:\u662f|\u4e3a|\uff1a|:)",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"\.(?=\s|$|\*)|\n|\u3002|[!?](?=\s|$)(?=\s+[A-Z]|\s*$)|\s(?:because|since)\b")
+_SENTENCE_END = re.compile(
+    r"\.(?=\s|$|\*)|\n|\u3002|[!?](?=\s|$)(?=\s+[A-Z]|\s*$)|\s(?:because|since)\b"
+)
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LISTED = re.compile(r"\s*(?:,|;|and|or|, ?(?:and|or))\s*", re.IGNORECASE)
 _WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}")
@@ -88,7 +90,11 @@ def _closing_words(text: str) -> str:
     assertions = list(_ASSERTION.finditer(text))
     if assertions:
         return _of_sentence(_first_sentence(text[assertions[-1].end() :].strip("\n *_:")))
-    if "\n" not in text and not _HAN.search(text) and len(_WORD.findall(_TEXT.sub("", text))) <= MAX_PLAIN_WORDS:
+    if (
+        "\n" not in text
+        and not _HAN.search(text)
+        and len(_WORD.findall(_TEXT.sub("", text))) <= MAX_PLAIN_WORDS
+    ):
         return _of_sentence(text)
     for sentence in reversed(_sentences(text)):
         if _MATH.search(sentence):
