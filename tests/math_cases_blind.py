@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  look-alikes of ASCII are part of the cases
 r"""Equivalence cases of mathematical answers, second set: (prediction, gold), equal and different.
 
 Written before the grader had seen any of them, after it passed `math_cases`; it first judged 366 of
