@@ -178,7 +178,8 @@ def _names_differ(items: Sequence[Node]) -> bool:
         for item in items
         if item.op == "chain" and item.args[0] == ("=",) and item.args[1][0].op == "name"
     ]
-    return len(names) == len(items) and len(set(names)) == len(names) and names == sorted(names)
+    stems = {name.partition("_")[0] for name in names}  # x_1, x_2 are the roots of one equation
+    return len(stems) == len(names) == len(items) and names == sorted(names)
 
 
 def _choices(node: Node) -> tuple[Node, ...]:

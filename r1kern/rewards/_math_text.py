@@ -106,6 +106,8 @@ def normalise(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _SPACES.sub(" ", text).strip()
     text = text.rstrip(" .,;。\\")
+    if "," in text:  # ]0, 1[
+        text = re.sub(r"^\]", "(", re.sub(r"\[$", ")", text))
     text = _BASE_WORD.sub(lambda m: "_{" + _NUMBER_WORDS[m[1]] + "}", text)
     return text.replace(" ", "") if _SPACED_THOUSANDS.fullmatch(text) else text
 
