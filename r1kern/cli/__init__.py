@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from r1kern.cli import machine, models, training  # noqa: F401  (they join the application)
+from r1kern.cli import harness, machine, models, training  # noqa: F401  (they join the application)
 from r1kern.cli.application import app
 from r1kern.errors import Interrupted, UserError
 
