@@ -135,7 +135,7 @@ class Truth:
 
     def __init__(self, folder):
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float64
+            folder, dtype=torch.float64, experts_implementation="eager"
         ).eval()
         self.tokenizer = build_demo_tokenizer()
 
