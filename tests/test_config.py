@@ -6,7 +6,15 @@ import pytest
 from launch import ROOT
 from tiny_model import tiny_config
 
-from r1kern.config import Parallel, SFTConfig, TrainConfig, dump_config, load_config, parse_config
+from r1kern.config import (
+    Parallel,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+    parse_config,
+)
 from r1kern.errors import UserError
 from r1kern.hf.config import check_layout
 from r1kern.hf.layout import stage_layers
@@ -16,7 +24,8 @@ MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_files_load_and_survive_a_round_trip(path, tmp_path):
-    kind = SFTConfig if "sft" in path.name else TrainConfig
+    named = {"sft": SFTConfig, "reward": RewardConfig}
+    kind = next((kind for name, kind in named.items() if name in path.name), TrainConfig)
     config = load_config(kind, path)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(kind, tmp_path / "again.yaml") == config
