@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import TESTS, torchrun
+from launch import TESTS, environment, torchrun
 from safetensors.torch import load_file, save_file
 from tiny_dense import write_tiny_dense
 from tiny_model import write_tiny_model
@@ -26,7 +28,7 @@ from r1kern.errors import UserError
 from r1kern.hf.config import read_hf_config
 from r1kern.hf.scalar_head import describe_scalar_head
 from r1kern.report.metrics import read_metrics
-from r1kern.report.rollouts import write_rollouts
+from r1kern.report.rollouts import read_rollouts, write_rollouts
 from r1kern.rewards.model_terms import add_terms
 from r1kern.train.reading_entry import read_reading
 from r1kern.types import Completion, Prompt, Rollout, Score, Sequence
@@ -314,6 +316,34 @@ def test_step_scores_are_the_values_of_the_prefixes(results, expected, world):
                 assert mine.keys() == wanted.keys(), layout
                 for name in wanted:
                     assert mine[name] == pytest.approx(wanted[name], abs=1e-5), (layout, i, k)
+
+
+VLLM_MODELS = ["qwen2", "deepseek"]
+
+
+@pytest.fixture(scope="module")
+def pooled(world):
+    worker = TESTS / "workers" / "pooling.py"
+    done = subprocess.run(
+        [sys.executable, worker, world, *VLLM_MODELS],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    return {name: read_rollouts(world / f"scored_{name}.jsonl") for name in VLLM_MODELS}
+
+
+@pytest.mark.parametrize("name", VLLM_MODELS)
+def test_vllm_scores_the_exported_folder_alike(pooled, world, name):
+    model = Truth(world / name)
+    for i, rollout in enumerate(pooled[name]):
+        for text, score in zip(RESPONSES[i], rollout.scores, strict=True):
+            with torch.no_grad():
+                wanted = model.reward(f"question {i}", text).item()
+            assert score.terms["reward_model"] == pytest.approx(wanted, abs=1e-4)
+            assert score.total == 0.5
 
 
 def test_terms_are_weighed_and_a_missing_score_is_no_zero():
