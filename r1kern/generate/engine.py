@@ -145,15 +145,15 @@ class Generator:
                 f"max_model_len {max_model_len} exceeds the model's max_position_embeddings "
                 f"{config.max_position_embeddings}: lower it"
             )
-        variables = _environment(config, Path(model).is_dir(), device)
+        variables = environment(config, Path(model).is_dir(), device)
         with (
             host.environment(variables),
             host.quiet(),
             host.random_state(device),
             host.thread_control(),
         ):
-            self._vllm, self._llm = _build(arguments, device)
-        self._finalizer = weakref.finalize(self, _shut_down, self._llm)
+            self._vllm, self._llm = build(arguments, device)
+        self._finalizer = weakref.finalize(self, shut_down, self._llm)
 
     def generate(
         self,
@@ -321,7 +321,7 @@ class Generator:
         gc.collect()
 
 
-def _build(arguments: dict, device: str):
+def build(arguments: dict, device: str):
     """Imports vLLM, as late as this because it reads the environment, and builds the engine."""
     import vllm
 
@@ -341,12 +341,12 @@ def _build(arguments: dict, device: str):
     return vllm, llm
 
 
-def _shut_down(llm) -> None:
+def shut_down(llm) -> None:
     llm.llm_engine.engine_core.engine_core.model_executor.shutdown()
     gc.unfreeze()
 
 
-def _environment(config, is_folder: bool, device: str) -> dict[str, str]:
+def environment(config, is_folder: bool, device: str) -> dict[str, str]:
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
