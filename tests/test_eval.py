@@ -79,6 +79,9 @@ def test_bad_input_is_one_line(work, capfd):
     line = refused(capfd, work, "protocol.temperature=0")
     assert "same completion 4 times for 'sums'" in line and "set samples to 1" in line
     assert "gsm8k.kind' is required" in refused(capfd, work, "benchmarks.gsm8k={path: x}")
+    line = refused(capfd, work, "benchmarks.gsm8k.sample=3", "grading.judge={ur: x}")
+    assert "'benchmarks.gsm8k.sample' (did you mean 'samples'?)" in line
+    assert "'grading.judge.ur' (did you mean 'url'?)" in line
     line = refused(capfd, work, "protocol.max_tokens=4090")
     assert "positions of the model" in line and "benchmarks.sums.max_tokens=" in line
     line = refused(capfd, work, "parallel.generator_tp=3")

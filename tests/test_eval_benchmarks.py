@@ -124,6 +124,13 @@ def test_other_formats_of_choices(tmp_path):
     assert [p.answer for p in load_records(tmp_path, "cluewsc", wsc)[0]] == ["A", "B"]
 
 
+def test_questions_for_a_judge(tmp_path):
+    frames = [{"Prompt": "Who?", "Answer": "Ada"}, {"Prompt": "When?", "Answer": 1815}]
+    prompts, _ = load_records(tmp_path, "reference", frames)
+    assert [(p.task, p.answer) for p in prompts] == [("reference", "Ada"), ("reference", "1815")]
+    assert prompts[0].text == prompts[0].question == "Who?"
+
+
 STDIN_TEST = {"input": "1 2\n", "output": "3\n", "testtype": "stdin"}
 CALL_TEST = {"input": '[1, 2]\n"a"', "output": "[true, null]", "testtype": "functional"}
 
