@@ -19,6 +19,7 @@ from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.errors import UserError
 from r1kern.eval.benchmarks import KINDS, load_benchmark
 from r1kern.eval.code_benchmarks import unpack_text
+from r1kern.rewards.code import run_tests
 from r1kern.rewards.math import verify
 
 TOKENIZER = build_demo_tokenizer()
@@ -40,16 +41,9 @@ def rows(name) -> list[dict]:
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").open()]
 
 
-def run(program: str, test) -> dict:
-    """What a grader does with a test, on trusted code of the data sets themselves."""
-    names: dict = {}
-    exec(program, names)
-    if isinstance(test, str):
-        exec(test, names)
-    else:
-        exec(test["test"], names)
-        names["check"](names[test["entry_point"]])
-    return names
+def passes(program: str, prompt) -> bool:
+    result = run_tests(program, [json.loads(test) for test in prompt.tests])
+    return result.passed == result.total
 
 
 def test_gsm8k():
@@ -79,10 +73,8 @@ def test_humaneval_solutions_pass_and_wrong_ones_fail():
     prompts, _ = load("humaneval", DATA / "humaneval.jsonl")
     for prompt, row in zip(prompts, rows("humaneval"), strict=True):
         assert prompt.task == "code" and "```python" in prompt.text
-        (test,) = map(json.loads, prompt.tests)
-        run(row["prompt"] + row["canonical_solution"], test)
-        with pytest.raises((AssertionError, TypeError)):
-            run(f"def {row['entry_point']}(*a): return None", test)
+        assert passes(row["prompt"] + row["canonical_solution"], prompt)
+    assert not passes(f"def {row['entry_point']}(*a): return None", prompt)
 
 
 def test_humaneval_tests_bring_the_helpers_of_the_prompt():
@@ -94,7 +86,8 @@ def test_humaneval_tests_bring_the_helpers_of_the_prompt():
         "    groups = [s[i:i + 3] for i in range(0, len(s), 3)]\n"
         "    return ''.join(g[-1] + g[:-1] if len(g) == 3 else g for g in groups)\n"
     )
-    run(decode, json.loads(prompt.tests[0]))
+    assert passes(decode, prompt)
+    assert not passes(decode.replace("g[-1]", "g[0]"), prompt)
 
 
 def test_mbpp_solutions_pass():
@@ -102,8 +95,7 @@ def test_mbpp_solutions_pass():
     for prompt, row in zip(prompts, rows("mbpp"), strict=True):
         assert prompt.id == str(row["task_id"])
         assert all(test in prompt.text for test in row["test_list"])
-        for test in map(json.loads, prompt.tests):
-            run(row["code"].replace("\r", ""), test)
+        assert passes(row["code"], prompt)
 
 
 def test_choices_are_lettered():
@@ -115,16 +107,8 @@ def test_choices_are_lettered():
 
 
 def test_other_formats_of_choices(tmp_path):
-    questions = [f"Which is it, {i}?" for i in range(40)]
     wrong = {f"Incorrect Answer {i}": f"no{i}" for i in (1, 2, 3)}
-    gpqa = [
-        {
-            "Question": q,
-            "Correct Answer": "yes",
-            **{f"Incorrect Answer {i}": f"no{i}" for i in (1, 2, 3)},
-        }
-        for q in questions
-    ]
+    gpqa = [{"Question": f"Which, {i}?", "Correct Answer": "yes", **wrong} for i in range(40)]
     prompts, _ = load_records(tmp_path, "gpqa", gpqa)
     assert all(f"{p.answer}. yes" in p.text for p in prompts)
     assert len(Counter(p.answer for p in prompts)) == 4  # shuffled
@@ -138,6 +122,13 @@ def test_other_formats_of_choices(tmp_path):
     target = {"span1_text": "X", "span2_text": "Y"}
     wsc = [{"text": "T", "target": target, "label": label} for label in ("true", "false")]
     assert [p.answer for p in load_records(tmp_path, "cluewsc", wsc)[0]] == ["A", "B"]
+
+
+def test_questions_for_a_judge(tmp_path):
+    frames = [{"Prompt": "Who?", "Answer": "Ada"}, {"Prompt": "When?", "Answer": 1815}]
+    prompts, _ = load_records(tmp_path, "reference", frames)
+    assert [(p.task, p.answer) for p in prompts] == [("reference", "Ada"), ("reference", "1815")]
+    assert prompts[0].text == prompts[0].question == "Who?"
 
 
 STDIN_TEST = {"input": "1 2\n", "output": "3\n", "testtype": "stdin"}
@@ -176,6 +167,9 @@ def test_livecodebench(tmp_path):
     assert [json.loads(t) for t in both[0].tests] == [{"input": "1 2\n", "output": "3\n"}] * 3
     called = {"fn_name": "go", "args": [[1, 2], "a"], "expected": [True, None]}
     assert [json.loads(t) for t in both[1].tests] == [called] * 2
+    assert passes("a, b = input().split()\nprint(int(a) + int(b))", both[0])
+    go = "class Solution:\n    def go(self, a, b):\n        return [a == [1, 2] and b == 'a', None]"
+    assert passes(go, both[1])
     assert "standard input" in both[0].text and "class Solution" in both[1].text
     window = dict(since="2024-08-01", until="2025-01-31")
     kept, left_out = load_records(tmp_path, "livecodebench", [lcb(), function], **window)

@@ -16,7 +16,7 @@ from r1kern.eval.codeforces import (
     rate,
     read_contest,
 )
-from r1kern.eval.measures import given_answer, measure
+from r1kern.eval.measures import measure
 from r1kern.eval.metrics import confidence_interval, wilson_interval
 from r1kern.types import Completion, Prompt, Rollout, Score
 
@@ -76,7 +76,7 @@ def boxed(answer) -> str:
 def test_metrics_of_a_benchmark():
     half = [(boxed("1/2"), True, 2, "stop"), (boxed("0.5"), True, 4, "stop")]
     wrong = [(boxed("3"), False, 6, "stop")] * 2
-    silent = [("I do not know 3", False, 8, "length")] * 3
+    silent = [("<think> is it 3?", False, 8, "length")] * 3
     metrics = measure(
         [
             # equal answers vote together, the samples that mark no answer have no vote
@@ -107,13 +107,6 @@ def test_programs_have_no_vote_and_the_unjudged_no_rate():
     assert not any(name.startswith("cons") for name in metrics)
     single = measure([rollout("a", "", [("x", True, 1, "stop")], task="code")])
     assert single["interval_kind"] == "Wilson" and single["interval"] == wilson_interval(1, 1)
-
-
-def test_what_counts_as_an_answer():
-    assert given_answer("<think> 3 </think> <answer> 7 </answer>") == "7"
-    assert given_answer("first \\boxed{1}, then \\boxed{2}") == "2"
-    assert given_answer("<think> it may be 7") is None
-    assert given_answer("I do not know") is None
 
 
 # -- Codeforces -----------------------------------------------------------------------------

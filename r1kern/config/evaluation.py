@@ -30,6 +30,7 @@ Kind = Literal[
     "gpqa",
     "ceval",
     "cluewsc",
+    "reference",
     "humaneval",
     "mbpp",
     "livecodebench",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import TypeVar
+from types import UnionType
+from typing import TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -85,10 +86,7 @@ def _violation(kind: type[BaseModel], error: dict) -> str:
     """One pydantic error as `section.key: what is wrong`."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        parent = kind
-        for part in error["loc"][:-1]:
-            parent = parent.model_fields[part].annotation
-        known = list(parent.model_fields)
+        known = list(_section(kind, error["loc"][:-1]).model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
         return f"unknown key '{where}' ({hint})"
@@ -96,3 +94,14 @@ def _violation(kind: type[BaseModel], error: dict) -> str:
         return f"'{where}' is required"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def _section(kind: type[BaseModel], path: tuple) -> type[BaseModel]:
+    """The section at a path, which may lead through dictionaries and optional sections."""
+    at = kind
+    for part in path:
+        is_section = isinstance(at, type) and issubclass(at, BaseModel)
+        at = at.model_fields[part].annotation if is_section else get_args(at)[1]
+        if isinstance(at, UnionType):
+            at = next(option for option in get_args(at) if option is not type(None))
+    return at

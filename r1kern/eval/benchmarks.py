@@ -120,6 +120,13 @@ def _gsm8k(record: Record) -> Problem:
     return Problem(_id(record), question, answer=answer.strip().replace(",", ""))
 
 
+def _reference(record: Record) -> Problem:
+    """SimpleQA, Chinese SimpleQA, FRAMES: a judge that is given the answer grades these."""
+    question = record.text(first(record, "problem", "question", "Prompt"))
+    answer = record.scalar(first(record, "answer", "Answer"))
+    return Problem(_id(record), question, answer=answer, task="reference")
+
+
 def _id(record: Record) -> str | None:
     for field in ("id", "ID", "unique_id", "task_id", "question_id"):
         if field in record.values:
@@ -194,6 +201,9 @@ KINDS = {
     "gpqa": Kind(_gpqa, "github.com/idavidrein/gpqa, gpqa_diamond.csv as JSONL"),
     "ceval": Kind(_ceval, "the Hub's ceval/ceval-exam, split val"),
     "cluewsc": Kind(_cluewsc, "github.com/CLUEbenchmark/CLUEWSC2020, dev.json as JSONL"),
+    "reference": Kind(
+        _reference, "SimpleQA, Chinese SimpleQA or FRAMES: 'question' and 'answer' as JSONL"
+    ),
     "humaneval": Kind(
         code_benchmarks.humaneval, "github.com/openai/human-eval, HumanEval.jsonl.gz unpacked"
     ),

@@ -62,7 +62,7 @@ def mbpp(record: Record) -> Problem:
             FENCED,
         ]
     )
-    tests = tuple(f"{setup}\n{test}" if setup else test for test in asserts)
+    tests = tuple({"test": test, "setup": setup} if setup else test for test in asserts)
     return _program(record.scalar(first(record, "task_id", "id")), question, tests)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from statistics import mean
 
 from r1kern.eval.metrics import confidence_interval, majority_vote, pass_at_1, pass_at_k
-from r1kern.rewards.math import _answer, verify
+from r1kern.rewards.math import verify
+from r1kern.rewards.math_answer import final_answer
 from r1kern.types import Rollout
 
 VOTERS = 64  # the paper's cons@64
@@ -74,13 +75,7 @@ def _rates(correct: list[list[bool]]) -> dict:
 
 
 def _consensus(rollout: Rollout, voters: int) -> bool:
-    """Whether the answer that most of the first samples give is right."""
-    answers = [given_answer(c.text) for c in rollout.completions[:voters]]
+    """Whether the answer that most of the first samples give is right; without one, no vote."""
+    answers = [final_answer(c.text) or None for c in rollout.completions[:voters]]
     winner = majority_vote(answers)
     return winner is not None and verify(f"\\boxed{{{winner}}}", rollout.prompt.answer)
-
-
-def given_answer(text: str) -> str | None:
-    """The answer that a completion marks as its own; None where it marks none: it has no vote."""
-    answer, running_text = _answer(text)
-    return None if running_text or not answer else answer

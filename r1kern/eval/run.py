@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from r1kern.eval.codeforces import codeforces_metrics
 from r1kern.eval.identity import model_identity
 from r1kern.eval.measures import measure
 from r1kern.eval.report import write_results
-from r1kern.rewards.score import score_rollouts
+from r1kern.rewards.score import Scorer
 from r1kern.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -49,11 +48,15 @@ def evaluate(config: EvalConfig) -> dict | None:
         On rank 0 what `FOLDER/results.json` holds; None elsewhere.
 
     Raises:
-        UserError: a benchmark or the model cannot be read, or a problem does not fit the model.
+        UserError: a benchmark or the model cannot be read, a problem does not fit the model, or
+            programs are asked for and there is no sandbox.
     """
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     tasks = [_read(config, name, tokenizer) for name in config.benchmarks]
     _check_lengths(config, tasks)
+    scorer = Scorer({"accuracy": 1.0, "format": 0.0}, options=config.grading)
+    for task in tasks:
+        scorer.prepare(task.prompts)
     world = distributed.start(seed=config.run.seed, deadline_s=config.run.deadline_s)
     from r1kern.eval.sampling import Sampler
 
@@ -69,7 +72,7 @@ def evaluate(config: EvalConfig) -> dict | None:
     )
     results = _header(config)
     for task in tasks:
-        result = _evaluate_one(config, task, sampler, world)
+        result = _evaluate_one(config, task, sampler, scorer, world)
         if world.is_main:
             results["benchmarks"][task.name] = result
             write_results(Path(config.run.folder), results)
@@ -110,7 +113,9 @@ def _check_lengths(config: EvalConfig, tasks: list[_Task]) -> None:
             )
 
 
-def _evaluate_one(config: EvalConfig, task: _Task, sampler, world: World) -> dict | None:
+def _evaluate_one(
+    config: EvalConfig, task: _Task, sampler, scorer: Scorer, world: World
+) -> dict | None:
     from r1kern.generate.engine import Sampling
 
     log.info("benchmark %s: %d problems", task.name, len(task.prompts))
@@ -119,7 +124,7 @@ def _evaluate_one(config: EvalConfig, task: _Task, sampler, world: World) -> dic
         task.prompts,
         Sampling(own["samples"], own["max_tokens"], own["temperature"], own["top_p"], logps=False),
         folder=Path(config.run.folder) / task.name,
-        score=partial(score_rollouts, weights={"accuracy": 1.0, "format": 0.0}),
+        score=scorer.score,
         seed=config.run.seed,
         chunk=config.protocol.chunk,
         regrade=config.regrade,
