@@ -267,6 +267,11 @@ def test_evaluation(browser, tmp_path):
         "[...document.querySelectorAll('.points .track')].map(e => [...e.children].map("
         "c => [c.offsetLeft / e.clientWidth, c.clientWidth / e.clientWidth]))"
     )
+    ends = browser.evaluate(
+        "[...document.querySelectorAll('.points .track, .points .scale div')].map("
+        "e => e.getBoundingClientRect()).map(b => b.left + ' ' + b.right)"
+    )
+    assert len(set(ends)) == 1, "the bars lie over their scale"
     assert bars[0][0] == pytest.approx([0.6, 0.2], abs=0.01)
     assert [bar[-1][0] for bar in bars] == pytest.approx([0.713, 0.5], abs=0.01)
     assert "aime_2024: 4 problems left out" in browser.evaluate("document.body.innerText")
