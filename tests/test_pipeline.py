@@ -180,7 +180,7 @@ def test_a_stage_left_out_is_given_or_missed(tmp_path):
     data = tmp_path / "sft.jsonl"
     given = f"given={{rejection.data: {data}}}"
     config = load_config(PipelineConfig, DEMO, ["stages=[distil]", given])
-    with pytest.raises(UserError, match="given.rejection.data: there is no"):
+    with pytest.raises(UserError, match=r"given\.rejection\.data: there is no"):
         deepseek_r1(config)
     data.write_text("{}\n")
     assert deepseek_r1(config)[-1].inputs["data"] == str(data)
@@ -199,7 +199,7 @@ def test_completions_are_chosen_and_every_drop_has_its_reason():
     texts = (
         *(GOOD, GOOD, GOOD.replace("first", "well first"), GOOD.replace("72", "71")),
         "<think> </think> <answer> 72 </answer>",
-        "<think> 先算8+4=12，然后再算4+2+1=7 </think> <answer> 72 </answer>",
+        "<think> 先算8+4=12然后再算4+2+1=7 </think> <answer> 72 </answer>",
         "<think> ```python\nprint(48+24)\n``` so it is seventy two </think> <answer> 72 </answer>",
     )
     kept, dropped = choose([rollout(*texts)], Readable(), keep=1)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from r1kern.cli import (  # noqa: F401  (they join the application)
     evaluation,
+    harness,
     judge,
     machine,
     models,
@@ -18,7 +19,6 @@ from r1kern.cli import (  # noqa: F401  (they join the application)
     report,
     training,
 )
-from r1kern.cli import harness, machine, models, training  # noqa: F401  (they join the application)
 from r1kern.cli.application import app
 from r1kern.errors import Interrupted, UserError
 
