@@ -38,7 +38,8 @@ def counting(name: str, inputs: dict[str, str], calls: Counter, *, fails: list |
         text = "".join(path.read_text() for path in context.inputs.values()) + name
         out = context.folder / "out.txt"
         out.write_text(text)
-        return Result({"text": out}, counts={"characters": len(text)})
+        dropped = Counter({"nothing": 2})
+        return Result({"text": out}, counts={"characters": len(text)}, dropped=dropped)
 
     return Stage(name, run, inputs)
 
@@ -61,6 +62,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert records[2]["inputs"] == {"a": "one.text", "b": "two.text"}
     assert records[2]["outputs"] == {"text": "three/out.txt"}
     assert records[2]["counts"] == {"characters": 14}
+    assert records[2]["dropped"] == {"nothing": 2}
 
 
 def test_a_failed_stage_is_taken_up_where_it_stands(tmp_path):
