@@ -16,6 +16,7 @@ from r1kern.data.dataset import load_pairs, load_prompts
 from r1kern.data.records import read_records
 from r1kern.data.stream import Stream
 from r1kern.data.template import R1_ZERO_PREFIX, R1_ZERO_SUFFIX, render
+from r1kern.data.tiny_model import QWEN, write_model
 from r1kern.data.tokenizer import CHARACTERS, build_demo_tokenizer, load_tokenizer
 from r1kern.errors import UserError
 from r1kern.rewards.format import TAGS, format_reward
@@ -116,6 +117,15 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, no_network):
     assert loaded.get_vocab() == TOKENIZER.get_vocab()
     special = (loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id)
     assert special == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id, TOKENIZER.unk_token_id)
+
+
+def test_the_architecture_does_not_change_the_tokenizer(tmp_path, no_network):
+    """AutoTokenizer would split by Qwen2's rules and lose the spaces around tags."""
+    folder = write_model(tmp_path / "qwen", QWEN, TOKENIZER)
+    text = "<think> 1 + 2 </think> <answer> 3 </answer>"
+    loaded = load_tokenizer(folder)
+    assert loaded(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == text
 
 
 def test_folders_without_a_usable_tokenizer_are_refused(tmp_path, no_network):

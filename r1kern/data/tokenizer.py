@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from r1kern.errors import UserError
 from r1kern.rewards.format import TAGS
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # tokenizer.json says all
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 # Printable ASCII but the backtick, which makes the vocabulary a multiple of 8 (104).
 CHARACTERS = [c for c in string.digits + string.ascii_letters + string.punctuation if c != "`"]
@@ -29,12 +31,22 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False):
     """
     if not any((Path(folder) / name).is_file() for name in FILES):
         raise UserError(f"{folder} has no tokenizer ({' or '.join(FILES)}): copy it there")
-    tokenizer = AutoTokenizer.from_pretrained(
+    # AutoTokenizer prefers the architecture's own class to the generic one that the folder names,
+    # and splits text by that class's rules.
+    kind = PreTrainedTokenizerFast if _is_generic(Path(folder)) else AutoTokenizer
+    tokenizer = kind.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code, local_files_only=True
     )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {folder} has no end-of-sequence token: set eos_token")
     return tokenizer
+
+
+def _is_generic(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    if not config.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    return json.loads(config.read_text()).get("tokenizer_class") in GENERIC
 
 
 def build_demo_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
