@@ -16,8 +16,10 @@ from launch import TESTS, environment
 from tiny_model import write_tiny_model
 
 from r1kern import cli, distributed
+from r1kern.config import EvalConfig, load_config
 from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.eval.metrics import pass_at_1
+from r1kern.eval.run import evaluate
 from r1kern.report.rollouts import read_rollouts, write_rollouts
 from r1kern.rewards.format import format_reward
 from r1kern.types import Score
@@ -59,12 +61,11 @@ def chunks(folder, benchmark="*") -> dict:
 
 
 def run_eval(work, *overrides, folder="run") -> dict:
+    """As the command does, but the process groups stay, which the next engine needs."""
     place = f"run.folder={work / folder}"
-    assert cli.run(["eval", str(work / "eval.yaml"), place, *overrides]) == 0
-    folder = next((o.partition("=")[2] for o in overrides if o.startswith("run.folder=")), None)
-    return json.loads(
-        ((work / "run" if folder is None else work / folder) / "results.json").read_text()
-    )
+    results = evaluate(load_config(EvalConfig, work / "eval.yaml", [place, *overrides]))
+    assert results == json.loads((work / folder / "results.json").read_text())
+    return results
 
 
 def refused(capfd, work, *arguments) -> str:
@@ -202,3 +203,14 @@ def test_samples_are_judged_again_when_asked(work):
     right = run_eval(work, "regrade=true")["benchmarks"]["sums"]["metrics"]["pass@1"]
     assert right < wrong
     assert read_rollouts(path) == rollouts
+
+
+def test_the_command_prints_the_table(work, capfd):
+    """Everything is stored: it computes, prints and leaves the process groups."""
+    before = chunks(work / "run")
+    (work / "run" / "results.json").unlink()
+    assert cli.run(["eval", str(work / "eval.yaml")]) == 0
+    printed = capfd.readouterr().out
+    assert re.search(r"benchmark +problems x k +pass@1 %", printed)
+    assert re.search(r"gsm8k +5 x 2 +\d", printed) and "results.md" in printed
+    assert (work / "run" / "results.json").is_file() and chunks(work / "run") == before

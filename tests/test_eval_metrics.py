@@ -106,7 +106,7 @@ def test_programs_have_no_vote_and_the_unjudged_no_rate():
     assert metrics["unjudged_problems"] == 1 and metrics["grader_failures"] == 2
     assert not any(name.startswith("cons") for name in metrics)
     single = measure([rollout("a", "", [("x", True, 1, "stop")], task="code")])
-    assert single["interval_kind"] == "Wilson" and single["interval"] == wilson_interval(1, 1)
+    assert single["interval_kind"] == "Wilson" and single["interval"] == [*wilson_interval(1, 1)]
 
 
 # -- Codeforces -----------------------------------------------------------------------------
