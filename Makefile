@@ -3,21 +3,24 @@
 PYTHON ?=
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-full lint wheel venv clean
+.PHONY: demo test test-full tools lint wheel venv clean
 
 demo: venv
 	@.venv/bin/r1kern demo
 
-test: venv
+test: venv tools
 	@.venv/bin/python -m pytest -q
 
 # Every layout and every fault, where `make test` takes a part of them.
-test-full: venv
+test-full: venv tools
 	@.venv/bin/python -m pytest -q -m "full or not full"
 
 lint: venv
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+
+tools:
+	@.ci/tools.sh
 
 wheel: venv
 	@.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -198,7 +198,7 @@ print(f(7))
     + """
 import os
 def files():
-    for top in ("/box", "/tmp", "/root", "/home", "/dev/shm", "/run", "/var", "."):
+    for top in ("/box", "/tmp", "/home", "/dev", "/etc", "/run", "/var", "."):
         for folder, _, names in os.walk(top):
             for name in names:
                 try:
@@ -243,7 +243,7 @@ def f(x):
     for _ in range(100000): deep = [deep]
     return deep
 """,
-    "returns 200 MB": "def f(x): return 'a' * (200 << 20)\n",
+    "returns 40 MB": "def f(x): return 'a' * (40 << 20)\n",
     "returns itself": "def f(x):\n    a = []\n    a.append(a)\n    return a\n",
     "a thread that writes later": """
 import threading, os
@@ -321,7 +321,7 @@ for path in ("/proc/1/environ", "/proc/self/mem", "/proc/kmsg", "/proc/cmdline",
 import os
 for path in ("{home}/new", "/usr/new", "/box/new", "/new", "/dev/new", "/dev/shm/new", "/etc/new",
              "/box/program.py", "/usr/bin/env", "/var/tmp/new"):
-    denied(open, path, "w")
+    denied(open, path, "a")
 """,
     "writes to the machine's /tmp": "open('/tmp/{mark}', 'w').write('x')",
     "forks": "import os\ndenied(os.fork)\ndenied(os.forkpty)",
@@ -463,7 +463,7 @@ HOGS = {
     "endless output": ("while True: print('a' * 4096)", ""),
     "endless errors": ("import sys\nwhile True: sys.stderr.write('a' * 4096)", ""),
     "one large block": ("x = bytearray(1 << 34)", "memory"),
-    "grows": ("x = []\nwhile True: x.append(bytearray(1 << 20))", "memory"),
+    "grows": ("x = []\nwhile True: x.append(bytearray(1 << 24))", "memory"),
     "recursion": ("def g(): return g()\ng()", "RecursionError"),
     "recursion through C": (
         "import sys, functools\nsys.setrecursionlimit(10 ** 9)\n"

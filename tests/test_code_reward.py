@@ -248,7 +248,8 @@ def test_bad_arguments_are_named():
 atoms = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.binary(),
     st.characters(categories=["Cs"]), st.complex_numbers(allow_nan=False), st.dates(),
-    st.datetimes(), st.fractions(), st.decimals(allow_nan=False),
+    st.datetimes().map(lambda moment: moment.replace(fold=0)),
+    st.fractions(), st.decimals(allow_nan=False),
 )  # fmt: skip
 keys = st.one_of(atoms, st.tuples(atoms, atoms), st.frozensets(atoms))
 values = st.recursive(
@@ -401,10 +402,11 @@ def outcomes(outside):
         test = ("", "contained")
         tests = [test, test] if "next program" in name else [test]
         calls["escape", name] = lambda p=text, t=tests: run_tests(p, t, **PATIENCE)
-    for name, (program, _) in attacks.HOGS.items():
+    for name, (program, reason) in attacks.HOGS.items():
+        limit = 1.0 if reason in ("timeout", "") else 60.0  # those end by themselves, soon
         for tests in (["assert f(1) == 1"], [("", "1")]):
-            calls["hog", name, len(tests[0]) > 2] = lambda p=program, t=tests: run_tests(
-                p, t, timeout_s=1.0, memory_mb=256
+            calls["hog", name, len(tests[0]) > 2] = lambda p=program, t=tests, s=limit: run_tests(
+                p, t, timeout_s=s, memory_mb=256
             )
     return together(calls)
 
@@ -434,7 +436,7 @@ def test_time_and_memory_are_bounded(outcomes, name):
         result, seconds = outcomes["hog", name, form]
         assert result.passed == 0 and result.error
         assert reason in result.error
-        assert seconds < 20  # one deadline of 1 s, and a busy machine
+        assert seconds < 60  # most have a deadline of 1 s; the machine may be busy
 
 
 def test_attacks_leave_nothing_behind(outcomes, outside):
@@ -469,7 +471,7 @@ def test_the_programs_children_end_with_us():
         commands = [p.info["cmdline"] or [""] for p in psutil.process_iter(["cmdline"])]
         return [c for c in commands if c[0] == "sleep" and nap in c[-1]]
 
-    wait_until(sleeping)
+    wait_until(sleeping)  # the program runs
     trainer.kill()
     trainer.wait()
     wait_until(lambda: not sleeping())

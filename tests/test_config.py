@@ -12,6 +12,7 @@ from r1kern.config import (
     Parallel,
     PipelineConfig,
     PPOConfig,
+    RewardConfig,
     SFTConfig,
     TrainConfig,
     dump_config,
@@ -33,6 +34,7 @@ KINDS = {
     "judge": JudgeConfig,
     "pipeline_": PipelineConfig,
     "ppo_": PPOConfig,
+    "reward_": RewardConfig,
     "": TrainConfig,
 }
 SHIPPED = sorted(

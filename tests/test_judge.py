@@ -243,8 +243,6 @@ def test_no_text_can_leave_its_marks(texts):
         assert len(marks) == 6
         assert not any(nonce in text for text in texts)
         assert len(content[marks[-1] :]) > 200  # what to do comes last
-    other = reference_messages(texts[0] + texts[1], "", texts[2])
-    assert (other == reference_messages(*texts)) == (texts[1] == "")
 
 
 def test_a_cache_keeps_what_could_be_read(server, tmp_path):
@@ -382,7 +380,14 @@ def vllm(tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "8192", "--max-num-seqs", "4"]
-    command += ["--enforce-eager", "--generation-config", "vllm", "--compilation-config"]
+    command += [
+        "--distributed-executor-backend",
+        "uni",
+        "--enforce-eager",
+        "--generation-config",
+        "vllm",
+        "--compilation-config",
+    ]
     command += [json.dumps({"custom_ops": ["all", "-rotary_embedding"]})]
     settings = {**environment(), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with (folder / "log").open("w") as output:
@@ -390,10 +395,10 @@ def vllm(tmp_path_factory):
             command, env=settings, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        until = time.monotonic() + 300
+        until = time.monotonic() + 600
         while "Application startup complete" not in (folder / "log").read_text():
             assert process.poll() is None, (folder / "log").read_text()[-4000:]
-            assert time.monotonic() < until, "vLLM's server did not start within 300 s"
+            assert time.monotonic() < until, "vLLM's server did not start within 600 s"
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:

@@ -29,6 +29,7 @@ def test_arena_hard_counts_strong_verdicts_three_times():
     assert points.tolist() == [6.0, 1.0, 1.5, 0.5]
     assert weights.tolist() == [6.0, 2.0, 2.0, 4.0]
     assert agreement(labels) == 0.25
+    assert agreement([*labels, ("A>B", "B>>A"), ("A=B", "A=B")]) == 0.5
 
 
 def test_the_arena_score_is_what_bradley_terry_predicts():

@@ -21,7 +21,6 @@ SENTENCES = {
         "Let me think about this. First, we add three apples and two oranges, then divide by five.",
         "Wait, let me re-evaluate: the numerator is divisible by the denominator.",
         "THE ANSWER TO THIS QUESTION IS TWENTY.",
-        "Janet Müller and Jürgen Schmidt went to Düsseldorf by train.",
     ],
     "de": [
         "Zuerst addieren wir drei Äpfel und zwei Orangen, dann teilen wir durch fünf.",
@@ -137,6 +136,7 @@ def test_more_of_the_target_is_more(foreign):
         ("在△ABC中，AB=AC，求sin A的值，长度为5cm。", "zh", 1, 1),
         ("Wir haben den Computer im Team gekauft, das war ein Highlight.", "de", 1, 1),
         ("The word Schadenfreude has no good translation into English.", "en", 1, 1),
+        ("Janet Müller and Jürgen Schmidt went to Düsseldorf by train.", "en", 1, 1),
         # a known limit: foreign names that end a text go with their language
         ("Janet and Jürgen took the train from Düsseldorf to São Paulo.", "en", 0.8, 1),
         # but not instead of it

@@ -8,15 +8,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
+import math_cases
+import math_cases_blind
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from math_cases import CASES
 
 from r1kern.errors import UserError
 from r1kern.rewards._math_equal import equivalent
 from r1kern.rewards.math import MathGrader, Verdict, shared_grader, verify
 
+CASES = {**math_cases.CASES, **math_cases_blind.CASES}
 # Beyond our grammar, so that math-verify works on it for ever, in one long C call at the end.
 BOMB = r"$\prod_{k=1}^{1000000} k!$"
 

@@ -38,7 +38,8 @@ def counting(name: str, inputs: dict[str, str], calls: Counter, *, fails: list |
         text = "".join(path.read_text() for path in context.inputs.values()) + name
         out = context.folder / "out.txt"
         out.write_text(text)
-        return Result({"text": out}, counts={"characters": len(text)})
+        dropped = Counter({"nothing": 2})
+        return Result({"text": out}, counts={"characters": len(text)}, dropped=dropped)
 
     return Stage(name, run, inputs)
 
@@ -61,6 +62,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert records[2]["inputs"] == {"a": "one.text", "b": "two.text"}
     assert records[2]["outputs"] == {"text": "three/out.txt"}
     assert records[2]["counts"] == {"characters": 14}
+    assert records[2]["dropped"] == {"nothing": 2}
 
 
 def test_a_failed_stage_is_taken_up_where_it_stands(tmp_path):
@@ -180,7 +182,7 @@ def test_a_stage_left_out_is_given_or_missed(tmp_path):
     data = tmp_path / "sft.jsonl"
     given = f"given={{rejection.data: {data}}}"
     config = load_config(PipelineConfig, DEMO, ["stages=[distil]", given])
-    with pytest.raises(UserError, match="given.rejection.data: there is no"):
+    with pytest.raises(UserError, match=r"given\.rejection\.data: there is no"):
         deepseek_r1(config)
     data.write_text("{}\n")
     assert deepseek_r1(config)[-1].inputs["data"] == str(data)
@@ -199,7 +201,7 @@ def test_completions_are_chosen_and_every_drop_has_its_reason():
     texts = (
         *(GOOD, GOOD, GOOD.replace("first", "well first"), GOOD.replace("72", "71")),
         "<think> </think> <answer> 72 </answer>",
-        "<think> 先算8+4=12，然后再算4+2+1=7 </think> <answer> 72 </answer>",
+        "<think> 先算8+4=12然后再算4+2+1=7 </think> <answer> 72 </answer>",
         "<think> ```python\nprint(48+24)\n``` so it is seventy two </think> <answer> 72 </answer>",
     )
     kept, dropped = choose([rollout(*texts)], Readable(), keep=1)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from r1kern.cli import (  # noqa: F401  (they join the application)
     evaluation,
+    harness,
     judge,
     machine,
     models,

@@ -102,3 +102,21 @@ def convert(
     else:
         run_convert(source, target, dtype)
     print(f"model: {target}")
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(help="reward model, a folder made by `r1kern reward`")],
+    rollouts: Annotated[Path, typer.Argument(help="JSONL file made by `r1kern rollout`")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write")] = Path("scored.jsonl"),
+    reads: Annotated[str, typer.Option(help="summary or response")] = "response",
+) -> None:
+    """Score completions with a reward model in vLLM."""
+    from typing import get_args
+
+    from r1kern.data.reading import Reads
+    from r1kern.scoring import score_file
+
+    if reads not in get_args(Reads):
+        raise UserError(f"unknown --reads '{reads}': choose one of {', '.join(get_args(Reads))}")
+    print(f"{score_file(model, rollouts, out=out, reads=reads)}\nscored: {out}")

@@ -107,10 +107,13 @@ def _newlines(text: str) -> list[int]:
 
 
 def _covering(characters: list[int], spans: list[tuple[int, int]]) -> list[int]:
-    """Places, counted from 1, of the tokens that hold these characters, ascending both."""
+    """Places, counted from 1, of the last tokens that begin at these characters or before them.
+
+    Both ascend.  A tokenizer may have no token for a newline, or one for it and more.
+    """
     found, token = [], 0
     for character in characters:
-        while token < len(spans) - 1 and spans[token][1] <= character:
+        while token + 1 < len(spans) and spans[token + 1][0] <= character:
             token += 1
         found.append(token + 1)
     return found

@@ -145,15 +145,15 @@ class Generator:
                 f"max_model_len {max_model_len} exceeds the model's max_position_embeddings "
                 f"{config.max_position_embeddings}: lower it"
             )
-        variables = _environment(config, Path(model).is_dir(), device)
+        variables = environment(config, Path(model).is_dir(), device)
         with (
             host.environment(variables),
             host.quiet(),
             host.random_state(device),
             host.thread_control(),
         ):
-            self._vllm, self._llm = _build(arguments, device)
-        self._finalizer = weakref.finalize(self, _shut_down, self._llm)
+            self._vllm, self._llm = build(arguments, device)
+        self._finalizer = weakref.finalize(self, shut_down, self._llm)
 
     def generate(
         self,
@@ -215,6 +215,42 @@ class Generator:
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
             yield from (output for output in engine.step() if output.finished)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[tuple[float, bool]]]:
+        """Log-probabilities of given token ids, at temperature 1.
+
+        Args:
+            sequences: token ids, each shorter than `max_model_len`.
+
+        Returns:
+            For each sequence and each of its tokens but the first: the log-probability after the
+            tokens before it, and whether no other token was likelier.
+        Raises:
+            UserError: a sequence is too long.
+        """
+        assert self.version is not None, "the engine holds no weights (closed, or never synced)"
+        assert not self._asleep, "the engine sleeps"
+        for ids in sequences:
+            if len(ids) >= self._max_model_len:
+                raise UserError(
+                    f"{len(ids)} tokens to score do not fit max_model_len {self._max_model_len} "
+                    "with the one generated behind them: raise max_model_len"
+                )
+        # vLLM generates at least one token
+        params = self._vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False
+        )
+        self._llm.reset_prefix_cache()
+        inputs = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        with host.random_state(self._device):
+            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        return [
+            [
+                (entry[token].logprob, entry[token].rank == 1)
+                for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
 
     def _completions(self, outputs) -> tuple[Completion, ...]:
         ids = [tuple(output.token_ids) for output in outputs]
@@ -285,7 +321,7 @@ class Generator:
         gc.collect()
 
 
-def _build(arguments: dict, device: str):
+def build(arguments: dict, device: str):
     """Imports vLLM, as late as this because it reads the environment, and builds the engine."""
     import vllm
 
@@ -305,12 +341,12 @@ def _build(arguments: dict, device: str):
     return vllm, llm
 
 
-def _shut_down(llm) -> None:
+def shut_down(llm) -> None:
     llm.llm_engine.engine_core.engine_core.model_executor.shutdown()
     gc.unfreeze()
 
 
-def _environment(config, is_folder: bool, device: str) -> dict[str, str]:
+def environment(config, is_folder: bool, device: str) -> dict[str, str]:
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",

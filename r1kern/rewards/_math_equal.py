@@ -5,30 +5,17 @@ r"""Whether two answers mean the same: numbers, expressions, lists, sets, interv
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
 from r1kern.rewards import _math_value as values
-from r1kern.rewards._math_parse import Node, UnknownCommand, Unreadable, parse
+from r1kern.rewards._math_read import Reading, read, try_parse, whole
 from r1kern.rewards._math_region import Region, is_region, region
-from r1kern.rewards._math_text import choice, normalise, number_word, same_text, split_unit, words
+from r1kern.rewards._math_text import choice, normalise, same_text, words
+from r1kern.rewards._math_tokens import Node
 
 MAX_ITEMS = 64
-
-Unit = tuple[str, float]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What an answer says: its tree and unit, where it is mathematics, and its plain text."""
-
-    text: str
-    node: Node | None = None
-    unit: Unit | None = None
-    unknown: bool = False
 
 
 def equivalent(prediction: str, gold: str) -> bool | None:
@@ -45,85 +32,12 @@ def equivalent(prediction: str, gold: str) -> bool | None:
     if left.unknown or right.unknown:
         return None
     if left.node is None or right.node is None:
-        return left.node is right.node and words(prediction) == words(gold) != ""
+        return words(prediction) == words(gold) != ""
     if _quantities(left, right):
         return True
     # A unit's letter may be a variable's name too.
-    whole = [_try_parse(text) for text in (prediction, gold)]
+    whole = [try_parse(text) for text in (prediction, gold)]
     return all(whole) and (left.unit is None) == (right.unit is None) and same(*whole)
-
-
-_PREFIX = re.compile(
-    r"^(?:(?:so|thus|hence|therefore|it|is|are|equals|approximately|about|the|answer|option|either|"
-    r"both|total|a|of|exactly|only|we|get|have|has|she|he|they|there|will|sum|value|area|volume|"
-    r"length|probability|number|[A-Z][a-z]+) )+",
-    re.IGNORECASE,
-)
-_QUALIFIED = re.compile(
-    r"\b(?:not|no|less|more|least|most|than|between|about|approximately|around|nearly|either|maybe|"
-    r"neither|nor|wrong|if|but|instead|except|unless|or)\b",
-    re.IGNORECASE,
-)
-_FORMULA_START = re.compile(r"[-+\d\\(\[{]|[a-zA-Z](?=\s*[=(_^<>]|$)|sqrt|pi\b")
-_TAIL_WORDS = re.compile(r"(?P<value>.*[\d}\])])\s*(?P<words>[A-Za-z][A-Za-z' -]{2,60})", re.DOTALL)
-_TIME = re.compile(r"(\d{1,2}) ?: ?(\d\d) *([ap])\.? ?m\b\.?", re.IGNORECASE)
-_RATIO = re.compile(r"(\d+) to (\d+)")
-
-
-def read(text: str) -> Reading:
-    """What the normalised text of an answer says."""
-    if time := _TIME.fullmatch(text):
-        return Reading(
-            text, Node("group", ("time", time[3].lower(), (_whole(time[1]), _whole(time[2]))))
-        )
-    text = _RATIO.sub(r"\1:\2", number_word(text))
-    for candidate in dict.fromkeys((text, _formula(text))):
-        formula, unit = split_unit(candidate)
-        for formula, unit in ((formula, unit), (candidate, None)):
-            try:
-                return Reading(text, parse(formula), unit)
-            except UnknownCommand:
-                return Reading(text, unknown=True)
-            except Unreadable:
-                continue
-    tail = _TAIL_WORDS.fullmatch(_formula(text))
-    if tail and not _QUALIFIED.search(text):
-        node = _try_parse(tail["value"])
-        if node is not None and _is_constant(node):
-            return Reading(text, node, (_singular(tail["words"]), 1.0))
-    return Reading(text)
-
-
-def _try_parse(text: str) -> Node | None:
-    try:
-        return parse(text)
-    except Unreadable:
-        return None
-
-
-def _formula(text: str) -> str:
-    """The text from its formula on, if only harmless words lead up to it."""
-    prefix = re.match(r"(?:\\?[A-Za-z'-]+[ :]+)*", text)[0]
-    rest = text[len(prefix) :]
-    if not prefix or "\\" in prefix or not rest or _QUALIFIED.search(prefix):
-        return text
-    while prefix and not _FORMULA_START.match(rest):
-        return text
-    return rest
-
-
-def _singular(text: str) -> str:
-    text = " ".join(words(text).split())
-    return text[:-1] if text.endswith("s") and len(text) > 3 else text
-
-
-def _whole(digits: str) -> Node:
-    return Node("num", (Fraction(digits), 0))
-
-
-def _is_constant(node: Node) -> bool:
-    node = _result(node)
-    return node.op not in ("list", "group", "set", "chain", "matrix") and not values.variables(node)
 
 
 def _result(node: Node) -> Node:
@@ -135,6 +49,8 @@ def _result(node: Node) -> Node:
         return terms[-1]
     if terms[-1].op == "name" and len(terms) == 2 and not values.variables(terms[0]):
         return terms[0]
+    if len(terms) > 2 and values.variables(terms[0]):
+        terms = terms[1:]  # a + b = 1 + 2 = 3
     if any(values.variables(term) for term in terms):
         return node
     return terms[-1] if all(same(a, b) for a, b in pairwise(terms)) else node
@@ -175,9 +91,9 @@ def _quantities(left: Reading, right: Reading) -> bool:
         return same(left.node, right.node)
     with_unit, without = (left, right) if left.unit else (right, left)
     if unit[0] == "percent":
-        hundredth = Node("/", (with_unit.node, _whole("100")))
+        hundredth = Node("/", (with_unit.node, whole("100")))
         return same(with_unit.node, without.node) or same(hundredth, without.node)
-    if unit[0] == "radian" and left.unit is None:
+    if "based" in (left.node.op, right.node.op):
         return False
     return same(left.node, right.node)
 
@@ -262,7 +178,8 @@ def _names_differ(items: Sequence[Node]) -> bool:
         for item in items
         if item.op == "chain" and item.args[0] == ("=",) and item.args[1][0].op == "name"
     ]
-    return len(names) == len(items) and len(set(names)) == len(names) and names == sorted(names)
+    stems = {name.partition("_")[0] for name in names}  # x_1, x_2 are the roots of one equation
+    return len(stems) == len(names) == len(items) and names == sorted(names)
 
 
 def _choices(node: Node) -> tuple[Node, ...]:
@@ -361,7 +278,7 @@ def _determinant(node: Node) -> Node | None:
 def _expanded(rows: tuple) -> Node:
     if len(rows) == 1:
         return rows[0][0]
-    total = _whole("0")
+    total = whole("0")
     for column, cell in enumerate(rows[0]):
         minor = tuple(row[:column] + row[column + 1 :] for row in rows[1:])
         term = Node("*", (cell, _expanded(minor)))

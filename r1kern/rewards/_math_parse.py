@@ -2,184 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import NoReturn
+
+from r1kern.rewards._math_tokens import (
+    CONSTANTS,
+    FUNCTIONS,
+    GREEK,
+    RELATIONS,
+    Cursor,
+    Node,
+    Token,
+    Unreadable,
+    digits,
+)
 
 MAX_DEPTH = 40
-MAX_TOKENS = 600
-MAX_DIGITS = 400
-
-
-class Unreadable(Exception):
-    """The text is not an answer in the grammar."""
-
-
-class UnknownCommand(Unreadable):
-    """The text has mathematics that this grammar leaves out, such as an integral."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """An operation and its operands.
-
-    `op`: "num" (value, decimals or None), "name", "text"; "+", "*", "/", "^", "neg", "pm", "mp",
-    "percent", "degree", "!", "abs", "root" (radicand, index), "call" (function, base or None,
-    argument); "group" (open, close, items), "set", "list" (connective, items), "matrix" (kind,
-    rows), "chain" (operators, terms), "cup", "cap", "minus", "ratio", "based" (digits, base).
-    """
-
-    op: str
-    args: tuple
-
-
-FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "arcsec",
-        "arccsc",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "sech",
-        "csch",
-        "ln",
-        "log",
-        "lg",
-        "exp",
-        "max",
-        "min",
-        "gcd",
-        "lcm",
-        "sgn",
-        "Re",
-        "Im",
-        "arg",
-        "det",
-    ]
-)
-CONSTANTS = {"pi": "pi", "infty": "inf", "infinity": "inf", "inf": "inf", "oo": "inf", "i": "i"}
-CONSTANTS |= {"e": "e", "iota": "i"}
-_GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Sigma",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-        "prime",
-    ]
-)
-_WORDS = frozenset(
-    [
-        "and",
-        "or",
-        "to",
-        "the",
-        "is",
-        "are",
-        "not",
-        "no",
-        "of",
-        "in",
-        "an",
-        "as",
-        "by",
-        "if",
-        "per",
-        "for",
-        "yes",
-        "has",
-        "was",
-        "it",
-    ]
-)
-_RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in"}
-_RELATIONS |= {"equiv": "=", "approx": "~", "to": "to", "rightarrow": "to", "mapsto": "to"}
-_CALCULUS = frozenset(
-    [
-        "int",
-        "iint",
-        "oint",
-        "sum",
-        "prod",
-        "lim",
-        "partial",
-        "mathrm",
-        "pmod",
-        "mod",
-        "bmod",
-        "cdots",
-        "prime",
-        "nabla",
-        "oplus",
-        "otimes",
-        "implies",
-        "forall",
-        "exists",
-        "neg",
-        "land",
-        "lor",
-    ]
-)
 _OPEN = {"(": ")", "[": "]"}
-_TOKEN = re.compile(
-    r"(?P<number>\d+\.?\d*|\.\d+)(?P<repeating>\\repeating\{\d+\})?"
-    r"|\\begin\{(?P<begin>[a-zA-Z*]+)\}|\\end\{(?P<end>[a-zA-Z*]+)\}"
-    r"|(?P<row>\\\\)|\\(?P<command>[A-Za-z]+)|\\(?P<brace>[{}|])"
-    r"|(?P<letters>[A-Za-z]+)|(?P<symbol>[-+*/^_=<>!(){}\[\],;:|&%'])|(?P<space>\s+)"
-)
-
-
-@dataclass(frozen=True)
-class _Token:
-    kind: str  # number, name, symbol, command, word, begin, end
-    text: str
-    spaced: bool  # whether a space comes before
-    value: Node | None = None
 
 
 def parse(text: str) -> Node:
@@ -188,91 +26,12 @@ def parse(text: str) -> Node:
     Raises:
         Unreadable: the text is not (only) an answer.
     """
-    return _Parser(_join_thousands(text)).answer()
+    return _Parser(text).answer()
 
 
-def has_words(text: str) -> bool:
-    """Whether the text has a word that is no mathematics."""
-    try:
-        return any(token.kind == "word" for token in _tokens(text))
-    except Unreadable:
-        return True
-
-
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)(?!,\d)")
-
-
-def _join_thousands(text: str) -> str:
-    """Without thousands separators; a comma in a bracket that has no other is a separator."""
-    out, last = [], 0
-    for match in _THOUSANDS.finditer(text):
-        before = text[: match.start()]
-        depth = len(re.findall(r"[(\[]|\\\{", before)) - len(re.findall(r"[)\]]|\\\}", before))
-        listed = depth > 0 and ", " not in text
-        bare_set = before.endswith("{") and not re.search(r"[A-Za-z}\]^_]\s*\{$", before)
-        if not listed and not bare_set:
-            out += [text[last : match.start()], match[0].replace(",", "")]
-            last = match.end()
-    return "".join([*out, text[last:]])
-
-
-def _tokens(text: str) -> list[_Token]:
-    tokens: list[_Token] = []
-    at, spaced = 0, False
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if not match:
-            raise Unreadable(text[at : at + 1])
-        at = match.end()
-        if match["space"]:
-            spaced = True
-            continue
-        tokens += _classify(match, spaced)
-        spaced = False
-        if len(tokens) > MAX_TOKENS:
-            raise Unreadable("long")
-    return tokens
-
-
-def _classify(match: re.Match, spaced: bool) -> list[_Token]:
-    if match["number"]:
-        return [_Token("number", match["number"], spaced, _number(match))]
-    for kind in ("begin", "end", "command", "symbol"):
-        if match[kind]:
-            return [_Token(kind, match[kind], spaced)]
-    if match["row"]:
-        return [_Token("symbol", "\\\\", spaced)]
-    if match["brace"]:
-        return [_Token("command", match["brace"], spaced)]
-    letters = match["letters"]
-    lower = letters if letters in FUNCTIONS or letters in CONSTANTS else letters.lower()
-    if lower in ("sqrt", "cbrt", "infinity", "inf", "pi", "oo", "abs", "theta", "alpha", "beta"):
-        return [_Token("command", lower, spaced)]
-    if lower in FUNCTIONS and lower not in ("max", "min", "arg", "det"):
-        return [_Token("command", lower, spaced)]
-    if (lower in _WORDS and len(letters) > 1) or (len(letters) > 3 and len(set(letters)) > 2):
-        if not re.fullmatch(r"[xyzabcnkmpqrst]{4}|[A-Z]{4,5}", letters):
-            return [_Token("word", lower, spaced)]
-    return [_Token("name", letter, spaced and n == 0) for n, letter in enumerate(letters)]
-
-
-def _number(match: re.Match) -> Node:
-    text = match["number"]
-    if len(text) > MAX_DIGITS:
-        raise Unreadable("digits")
-    decimals = len(text.partition(".")[2])
-    value = Fraction(text if not text.endswith(".") else text[:-1])
-    if not match["repeating"]:
-        return Node("num", (value, decimals))
-    period = match["repeating"].removeprefix("\\repeating{")[:-1]
-    value += Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
-    return Node("num", (value, None))
-
-
-class _Parser:
+class _Parser(Cursor):
     def __init__(self, text: str):
-        self._tokens = _tokens(text)
-        self._at = 0
+        super().__init__(text)
         self._depth = 0
         self._bars = 0
 
@@ -281,34 +40,6 @@ class _Parser:
         if self._at < len(self._tokens):
             self._refuse()
         return node
-
-    # Tokens.
-
-    def _peek(self, ahead: int = 0) -> _Token:
-        at = self._at + ahead
-        return self._tokens[at] if at < len(self._tokens) else _Token("end of text", "", False)
-
-    def _is(self, *texts: str, kind: str = "symbol") -> bool:
-        token = self._peek()
-        return token.kind == kind and token.text in texts
-
-    def _command(self, *names: str) -> bool:
-        return self._is(*names, kind="command")
-
-    def _take(self) -> _Token:
-        token = self._peek()
-        self._at += 1
-        return token
-
-    def _expect(self, text: str, kind: str = "symbol") -> None:
-        if not self._is(text, kind=kind):
-            self._refuse()
-        self._at += 1
-
-    def _refuse(self) -> NoReturn:
-        token = self._peek()
-        unknown = token.kind == "command" and token.text in _CALCULUS
-        raise (UnknownCommand if unknown else Unreadable)(token.text)
 
     # Lists, relations, sets.
 
@@ -328,8 +59,8 @@ class _Parser:
 
     def _relation(self) -> Node:
         terms, operators = [self._union()], []
-        while (token := self._peek()).kind in ("symbol", "command") and token.text in _RELATIONS:
-            operators.append(_RELATIONS[self._take().text])
+        while (token := self._peek()).kind in ("symbol", "command") and token.text in RELATIONS:
+            operators.append(RELATIONS[self._take().text])
             terms.append(self._union())
         if self._is(":") and not operators and self._bars == 0:
             self._take()
@@ -337,7 +68,7 @@ class _Parser:
             while self._is(":"):
                 self._take()
                 terms.append(self._union())
-            if self._peek().kind in ("symbol", "command") and self._peek().text in _RELATIONS:
+            if self._peek().kind in ("symbol", "command") and self._peek().text in RELATIONS:
                 self._refuse()
             return Node("ratio", tuple(terms))
         return Node("chain", (tuple(operators), tuple(terms))) if operators else terms[0]
@@ -409,7 +140,7 @@ class _Parser:
                 return not argument
             return token.text in ("frac", "sqrt", "cbrt", "abs", "binom", "lfloor", "lceil",
                                   "angle", "triangle", "{", "langle", "infty", "pi", "overline",
-                                  "mathbb") or token.text in _GREEK  # fmt: skip
+                                  "mathbb") or token.text in GREEK  # fmt: skip
         return token.kind in ("number", "name", "begin")
 
     def _power(self) -> Node:
@@ -445,13 +176,13 @@ class _Parser:
             node = self._argument()
             return Node("neg", (node,)) if negative else node
         token = self._peek()
-        if token.kind == "number" and len(token.text) > 1 and self._tex_digits():
+        if token.kind == "number" and len(token.text) > 1 and self._texdigits():
             first, rest = token.text[0], token.text[1:]
-            self._tokens[self._at] = _Token("number", rest, False, _digits(rest))
-            return _digits(first)
+            self._tokens[self._at] = Token("number", rest, False, digits(rest))
+            return digits(first)
         return self._base()
 
-    def _tex_digits(self) -> bool:
+    def _texdigits(self) -> bool:
         """Whether `\\frac12` takes one digit here; `x^12`, as plain text writes it, takes both."""
         before = self._tokens[self._at - 1]
         return before.text != "^" and self._peek().text.isdigit()
@@ -475,9 +206,9 @@ class _Parser:
         if token.kind == "command":
             return self._of_command(token.text)
         self._at -= 1
-        self._refuse()
+        return self._refuse()
 
-    def _numeral(self, token: _Token) -> Node:
+    def _numeral(self, token: Token) -> Node:
         if self._is("_") and token.text.isdigit():
             self._take()
             return Node("based", (token.text, self._argument()))
@@ -569,7 +300,7 @@ class _Parser:
         if name == "binom":
             return Node("call", ("binom", self._argument(), self._argument()))
         if name in ("sqrt", "cbrt"):
-            index = _digits("3" if name == "cbrt" else "2")
+            index = digits("3" if name == "cbrt" else "2")
             if self._is("["):
                 self._take()
                 index = self._sum()
@@ -599,10 +330,10 @@ class _Parser:
             return Node("set", ())
         if name == "mathbb":
             return Node("name", ("set " + _letters(self._argument()),))
-        if name in _GREEK:
+        if name in GREEK:
             return self._name("\\" + name)
         self._at -= 1
-        self._refuse()
+        return self._refuse()
 
     def _call(self, name: str) -> Node:
         base = power = None
@@ -617,7 +348,7 @@ class _Parser:
                 self._refuse()
         else:
             argument = self._product(argument=True)
-        minus_one = Node("neg", (_digits("1"),))
+        minus_one = Node("neg", (digits("1"),))
         if power == minus_one and name in ("sin", "cos", "tan", "cot", "sec", "csc"):
             name, power = "arc" + name, None
         node = Node("call", (name, base, argument))
@@ -639,10 +370,6 @@ class _Parser:
             else:
                 rows[-1].append(self._relation())
         return Node("matrix", (kind, tuple(tuple(row) for row in rows if row)))
-
-
-def _digits(text: str) -> Node:
-    return Node("num", (Fraction(text), 0))
 
 
 def _letters(node: Node) -> str:

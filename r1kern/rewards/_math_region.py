@@ -8,7 +8,7 @@ from itertools import pairwise
 from mpmath import mp
 
 from r1kern.rewards import _math_value as values
-from r1kern.rewards._math_parse import Node
+from r1kern.rewards._math_tokens import Node
 
 # (lower end, whether it belongs, upper end, whether it belongs); rounded so that equal ends are.
 Piece = tuple[str | float, bool, str | float, bool]
@@ -63,14 +63,16 @@ class _NoRegion(Exception):
 
 def _region(node: Node) -> tuple[str | None, list]:
     if node.op == "group" and len(node.args[2]) == 2 and node.args[0] in "[(":
-        low, high = (values.real(values.number(values.value(n, {}))) for n in node.args[2])
+        low, high = (
+            values.real(values.number(values.value(n, values.Point()))) for n in node.args[2]
+        )
         if low >= high and not (low == high and node.args[:2] == ("[", "]")):
             raise _NoRegion
         return None, [(low, node.args[0] == "[", high, node.args[1] == "]")]
     if node == Node("name", ("set R",)):
         return None, _EVERYTHING
     if node.op == "set":
-        points = [values.real(values.number(values.value(n, {}))) for n in node.args]
+        points = [_end(n) for n in node.args]
         return None, [(p, True, p, True) for p in sorted(points)]
     if node.op in ("cup", "cap", "minus"):
         return _combined(node.op, [_region(n) for n in node.args])
@@ -86,6 +88,10 @@ def _region(node: Node) -> tuple[str | None, list]:
     if node.op == "chain":
         return _of_chain(*node.args)
     raise _NoRegion
+
+
+def _end(node: Node) -> mp.mpf:
+    return values.real(values.number(values.value(node, values.Point())))
 
 
 def _combined(op: str, parts: list) -> tuple[str | None, list]:
@@ -136,7 +142,10 @@ def _half_line(name: str, op: str, left: Node, right: Node) -> list:
     if op == "in":
         raise _NoRegion
     try:
-        at = [values.value(difference, {name: x}) for x in map(values.Fraction, (0, 1, 2, -3))]
+        at = [
+            values.value(difference, values.Point({name: x}))
+            for x in map(values.Fraction, (0, 1, 2, -3))
+        ]
     except values.Undefined:
         raise _NoRegion from None
     slope = values.number(at[1]) - values.number(at[0])

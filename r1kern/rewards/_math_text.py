@@ -1,5 +1,7 @@
 """Notation made uniform: Unicode, LaTeX dressing, words and units around a formula."""
 
+# ruff: noqa: RUF001  look-alikes of ASCII are what this file replaces
+
 from __future__ import annotations
 
 import re
@@ -19,8 +21,10 @@ _UNICODE = {
     "€": r"\euro ", "£": r"\pound ", "¥": r"\yen ", "￥": r"\yen ",
     "∑": r"\sum ", "∫": r"\int ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
     "⌉": r"\rceil ", "∠": r"\angle ",
-    **dict(zip("αβγδεζηθκλμνρστφχψω", map(r"\{} ".format, ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"]), strict=True)),
 }  # fmt: skip
+for _letter in "αβγδεζηθκλμνρστφχψω":
+    _name = unicodedata.name(_letter).rpartition(" ")[2].lower().replace("lamda", "lambda")
+    _UNICODE[_letter] = rf"\{_name} "
 _TRANSLATION = str.maketrans(_UNICODE)
 
 _REWRITES = [
@@ -29,12 +33,19 @@ _REWRITES = [
         (r"^(-?)\\?\$\s*([\d.,]+)$", r"\1\2 dollar"),
         (r"\b(?:square|sq\.?) ([a-z]+)", r"\1^2"),
         (r"\bcubic ([a-z]+)", r"\1^3"),
+        (r"(\d) *[xX] *(?=10 *\^)", r"\1*"),
+        (r"(\d[\d.]*) (?=[mbt]r?illion\b)", r"\1*"),
+        (r"\bmillion\b", "10^6"),
+        (r"\bbillion\b", "10^9"),
+        (r"\btrillion\b", "10^{12}"),
+        (r"\)\^\{?(?:T|\\top|\\intercal|\\mathsf\{?T\}?)\}?$", ")"),
+        (r"^\s*(?:=|\\approx)\s*", ""),
         (r"\\\$|\\euro\b|\\pound\b|\\yen\b", " "),
         (r"(\\\\)\[[\d.]+ *[a-z]{2}\]", r"\1"),
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
         (r"\\(?:left|right|middle)\s*(?:\.(?!\d)|(?![A-Za-z]))", ""),
         (r"\\(?:[bB]igg?[lrm]?)(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|hfill|bf|rm|it)(?![A-Za-z])", ""),
+        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it)(?![A-Za-z])", ""),
         (r"(\d),\\[!, ]\s*(?=\d{3})|(\d)\{,\}(?=\d{3})", r"\1\2"),
         (r"(\d)\\[,;: ](?=\d{3}(?!\d))", r"\1"),
         (r"(?<!\\)\\!", ""),
@@ -94,7 +105,10 @@ def normalise(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _SPACES.sub(" ", text).strip()
-    text = text.rstrip(" .,;。") if not text.endswith("\\.") else text
+    text = text.rstrip(" .,;。\\")
+    if "," in text:  # ]0, 1[
+        text = re.sub(r"^\]", "(", re.sub(r"\[$", ")", text))
+    text = _BASE_WORD.sub(lambda m: "_{" + _NUMBER_WORDS[m[1]] + "}", text)
     return text.replace(" ", "") if _SPACED_THOUSANDS.fullmatch(text) else text
 
 
@@ -131,8 +145,9 @@ _NUMBER_WORDS = {
         ]
     )
 }
+_BASE_WORD = re.compile(rf"_\{{ *({'|'.join(_NUMBER_WORDS)}) *\}}")
 _ARTICLE = re.compile(r"^(?:(?:it|this|that) is |the |an |a )+")
-_NOT_A_WORD = re.compile(r"[^\w ]+")
+_PUNCTUATION = re.compile(r"[.,;:!?'\"(){}]+")
 
 
 _IDLE_SPACE = re.compile(r"(?<!\w) | (?!\w)|(?<!\d) (?=\d)|(?<=\d) (?!\d)")
@@ -145,7 +160,7 @@ def same_text(left: str, right: str) -> bool:
 
 def words(text: str) -> str:
     """A text answer's words: lower case, without articles and punctuation."""
-    text = _SPACES.sub(" ", _NOT_A_WORD.sub(" ", text.lower())).strip()
+    text = _SPACES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).strip()
     return _ARTICLE.sub("", text)
 
 
@@ -204,7 +219,7 @@ _UNITS = {
 _NAMES = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
 _ONE_UNIT = rf"(?<![a-zA-Z])({_NAMES})(?:s|es)?\.?(?: *\^ *\{{?([-\d]+)\}}?)?"
 _UNIT_TAIL = re.compile(
-    rf"(?P<value>.*[\d)}}\]a-zA-Z!])(?P<gap> *){_ONE_UNIT}(?: *(?:/|per) *{_ONE_UNIT})?"
+    rf"(?P<value>.*?[\d)}}\]a-zA-Z!])(?P<gap> *){_ONE_UNIT}(?: *(?:/|per) *{_ONE_UNIT})?"
     r"(?: squared| old| long| wide| tall| high)?",
     re.DOTALL,
 )

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from mpmath import mp
 
-from r1kern.rewards._math_parse import Node
+from r1kern.rewards._math_tokens import Node
 
 DIGITS = 50
 TOLERANCE = mp.mpf(10) ** -30
@@ -28,6 +28,12 @@ mp.dps = DIGITS
 Value = Fraction | mp.mpf | mp.mpc
 
 
+class Point(dict[str, Fraction]):
+    """Values of variables; `left_the_reals` once an expression had a part that is not real."""
+
+    left_the_reals = False
+
+
 class Undefined(Exception):
     """No value: a division by zero, or a size out of bounds."""
 
@@ -39,7 +45,7 @@ def equal(left: Node, right: Node) -> bool:
         return False
     if not names:
         try:
-            a, b = value(left, {}), value(right, {})
+            a, b = value(left, Point()), value(right, Point())
         except Undefined:
             return False
         return same_value(a, b) or _rounded(left, right, a, b) or _rounded(right, left, b, a)
@@ -57,20 +63,21 @@ def all_agree(left: Node, right: Node, names: list[str], agree) -> bool:
             a, b = value(left, point), value(right, point)
         except Undefined:
             continue
-        (real if is_real(a) and is_real(b) else other).append((a, b))
+        (other if point.left_the_reals else real).append((a, b))
     pairs = real if len(real) >= ENOUGH_POINTS else real + other
     return len(pairs) >= ENOUGH_POINTS and all(agree(a, b) for a, b in pairs)
 
 
-def _points(names: list[str]) -> Iterator[dict[str, Fraction]]:
+def _points(names: list[str]) -> Iterator[Point]:
     """Rational points, the same for the same names; half of them with positive coordinates."""
     drawn = random.Random("/".join(names))
     for i in range(POINTS):
         scale = (1, 3, 10)[i % 3]
         low = 1 if i % 2 else -100
-        yield {
-            name: Fraction(drawn.randint(low, 100) * scale, 101) + Fraction(1, 97) for name in names
-        }
+        yield Point(
+            (name, Fraction(drawn.randint(low, 100) * scale, 101) + Fraction(1, 97))
+            for name in names
+        )
 
 
 def same_value(a: Value, b: Value) -> bool:
@@ -133,7 +140,7 @@ def real(a: Value) -> Fraction | mp.mpf:
     return a.real if isinstance(a, mp.mpc) else a
 
 
-def value(node: Node, at: dict[str, Fraction]) -> Value:
+def value(node: Node, at: Point) -> Value:
     """The value where the variables are as in `at`.
 
     Raises:
@@ -147,6 +154,8 @@ def value(node: Node, at: dict[str, Fraction]) -> Value:
         _bound(result)
     elif mp.isnan(result):
         raise Undefined
+    elif not is_real(result):
+        at.left_the_reals = True
     return result
 
 
@@ -155,7 +164,7 @@ def _bound(a: Fraction) -> None:
         raise Undefined
 
 
-def _value(node: Node, at: dict[str, Fraction]) -> Value:
+def _value(node: Node, at: Point) -> Value:
     op, args = node.op, node.args
     if op == "num":
         return args[0]
@@ -177,7 +186,7 @@ def _value(node: Node, at: dict[str, Fraction]) -> Value:
     return _OPERATIONS[op](*(value(arg, at) for arg in args))
 
 
-def _named(name: str, at: dict[str, Fraction]) -> Value:
+def _named(name: str, at: Point) -> Value:
     constants = {"pi": mp.pi, "e": mp.e, "inf": mp.inf, "i": mp.j}
     if name in constants:
         return +constants[name]
@@ -186,7 +195,7 @@ def _named(name: str, at: dict[str, Fraction]) -> Value:
     return at[name]
 
 
-def _unknown_function(seed: Fraction, argument: Node, at: dict[str, Fraction]) -> Value:
+def _unknown_function(seed: Fraction, argument: Node, at: Point) -> Value:
     """Any function that satisfies no identity will do for `f`."""
     arguments = argument.args[2] if argument.op == "group" else (argument,)
     total = number(seed)
@@ -288,9 +297,12 @@ _OPERATIONS = {
     "degree": _degrees,
     "ratio": _divide,
 }
+_ANGLE_FUNCTIONS = ("sin", "cos", "tan", "cot", "sec", "csc")
 _FUNCTIONS = {
-    **{name: getattr(mp, name) for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "sech", "csch", "asin", "acos", "atan"]},
-    **{"arc" + name: getattr(mp, "a" + name) for name in ["sin", "cos", "tan", "cot", "sec", "csc"]},
+    **{name: getattr(mp, name) for name in _ANGLE_FUNCTIONS},
+    **{name + "h": getattr(mp, name + "h") for name in _ANGLE_FUNCTIONS},
+    **{"arc" + name: getattr(mp, "a" + name) for name in _ANGLE_FUNCTIONS},
+    **{"a" + name: getattr(mp, "a" + name) for name in ("sin", "cos", "tan")},
     "exp": mp.exp, "Re": mp.re, "Im": mp.im, "sgn": mp.sign, "arg": mp.arg,
 }  # fmt: skip
 

@@ -19,6 +19,13 @@ import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+# What builds the tables of the parsers and has sympy import what it imports when first used.
+WARM_UP = (
+    r"\int_0^1 2x\,dx",
+    r"\sum_{n=1}^{\infty} \frac{1}{2^n}",
+    r"\lim_{x\to 0} \frac{\sin x}{x}",
+    r"\sum_{n=1}^{\infty} \frac{1}{n^2}",
+)
 MAX_FRAMES = 8_000  # the grammar bounds its depth; sympy's trees of a long sum are deeper
 
 
@@ -34,7 +41,8 @@ def main() -> None:
     except ImportError as error:
         reply({"missing": str(error)})
         return
-    judge(r"\int_0^1 1\,dx", r"1")  # builds the tables of both parsers
+    for text in WARM_UP:
+        judge(text, "1")
     gc.freeze()
     reply({"ready": True})
     asked = mmap.mmap(-1, 8)  # the number of the request at work, shared with the judge

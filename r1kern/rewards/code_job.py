@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
+import marshal
 import math
 import os
 import re
@@ -32,7 +35,7 @@ COMPILE_S = 60.0
 COMPILER_MB = 2048  # of each of the compiler's processes
 EXTRA_OUTPUT = 1 << 20  # bytes of output beyond four times what is expected
 _HERE = Path(__file__).parent
-_PROGRAM, _CHECKER, _WIRE = ("_code_program.py", "_code_checker.py", "_code_wire.py")
+_PROGRAM, _CHECKER, _WIRE = ("_code_program", "_code_checker", "_code_wire")
 _BROKEN = "broken test: "
 
 
@@ -57,7 +60,7 @@ class Job:
         return self.timeouts >= MAX_TIMEOUTS or (self.stop and any(self.errors.values()))
 
     def run_python(self) -> None:
-        files = {"program.py": self.source, _PROGRAM: _HERE / _PROGRAM}
+        files = {"program.py": self.source, **_modules(_PROGRAM)}
         stdin = [index for index, test in enumerate(self.tests) if isinstance(test, Stdin)]
         calls = [index for index, test in enumerate(self.tests) if not isinstance(test, Stdin)]
         for index in stdin:
@@ -173,8 +176,7 @@ class _Conversation:
             ready_reader, ready = pipe()
             events, event_writer = pipe()
             self._events, ready_reader = keep(events), keep(ready_reader)
-            files = {"program.py": job.source}
-            files |= {name: _HERE / name for name in (_PROGRAM, _WIRE)}
+            files = {"program.py": job.source, **_modules(_PROGRAM, _WIRE)}
             fds = (ready, asked, answered)
             argv = [*_python(_PROGRAM), "serve", job.folders(), *map(str, fds)]
             self._program = self._stack.enter_context(
@@ -193,7 +195,7 @@ class _Conversation:
             self._checker = self._stack.enter_context(
                 Sandboxed(
                     argv,
-                    files={name: _HERE / name for name in (_CHECKER, _WIRE)},
+                    files=_modules(_CHECKER, _WIRE),
                     limits=checker_limits,
                     stdin=json.dumps(tests).encode(),
                     fds=fds,
@@ -262,7 +264,18 @@ class _Conversation:
 
 
 def _python(script: str) -> list[str]:
-    return [PYTHON, *PYTHON_FLAGS, f"{BOX}/{script}"]
+    return [PYTHON, *PYTHON_FLAGS, f"{BOX}/{script}.pyc"]
+
+
+def _modules(*names: str) -> dict[str, bytes]:
+    return {f"{name}.pyc": _bytecode(name) for name in names}
+
+
+@functools.cache
+def _bytecode(name: str) -> bytes:
+    """A compiled module, as the interpreter reads it from a file: each start would compile it."""
+    code = compile((_HERE / f"{name}.py").read_text(), name, "exec")
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
 
 
 def _await_ready(box: Sandboxed, reader: int) -> None:

@@ -70,7 +70,8 @@ def read_tests(tests: list, entry_point: str | None = None) -> list[Stdin | dict
     for number, test in enumerate(tests, 1):
         try:
             read += [_read(part, entry_point) for part in _parts(test)]
-        except (UserError, TypeError, ValueError, KeyError, RecursionError) as error:
+        # A field of the wrong type shows wherever it is first used.
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             text = " ".join(str(error).split())[:300]
             raise UserError(f"test {number} cannot be read ({text}): see rewards.code") from None
     return read
@@ -146,7 +147,10 @@ def _required(test: dict, keys: tuple[str, ...]):
 
 def _metadata(test: dict) -> dict:
     data = test.get("metadata") or {}
-    return json.loads(data) if isinstance(data, str) else data
+    data = json.loads(data) if isinstance(data, str) else data
+    if not isinstance(data, dict):
+        raise UserError("its metadata is no object")
+    return data
 
 
 def _is_text(value) -> bool:

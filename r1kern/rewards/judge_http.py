@@ -55,7 +55,7 @@ class Server:
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=options.timeout_s,
-            limits=httpx2.Limits(max_connections=options.concurrency),
+            limits=httpx2.Limits(max_connections=None),  # `_turns` bounds them
         )
 
     async def request(

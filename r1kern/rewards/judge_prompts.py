@@ -93,8 +93,8 @@ def _conclusion(answer: str) -> str:
 
 
 def _messages(texts: dict[str, str], task: str) -> Messages:
-    lengths_and_texts = "".join(f"{len(text)}:{text}" for text in texts.values())
-    nonce = hashlib.sha256(lengths_and_texts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    told = "".join(texts.values()).encode("utf-8", "surrogatepass")
+    nonce = hashlib.sha256(told).hexdigest()[:16]
     blocks = [f"<<{name} {nonce}>>\n{text}\n<<END {name} {nonce}>>" for name, text in texts.items()]
     return [
         {"role": "system", "content": _SYSTEM.format(nonce=nonce)},

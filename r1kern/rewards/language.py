@@ -158,10 +158,11 @@ def _of_target(words: list[_Word], target: str) -> float:
 
 
 def _chinese_or_japanese(clauses: list[_Word], target: str) -> list[str]:
-    """Which of both each clause of Han characters and kana is; `target` if nothing tells."""
+    """Which of both each clause of Han characters and kana is; a few kanji alone are `target`'s."""
     sure = [_evident(clause.text) for clause in clauses]
     codes: list[str] = []
-    last = next(filter(None, sure), target)
+    few = sum(len(clause.text) for clause in clauses) <= _LONG_WITHOUT_KANA
+    last = next(filter(None, sure), target if few else "zh")
     for code in sure:
         last = code or last
         codes.append(last)

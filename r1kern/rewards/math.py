@@ -50,7 +50,7 @@ GRACE_S = 0.2  # after which a worker that did not even report its judge's death
 FIRST_SLICE_S = 0.03  # processor time of a first try, so that hard ones do not hold up a batch
 BATCH_S = 10.0
 BATCH_S_PER_PAIR = 0.05
-START_S = 60.0  # importing sympy takes about a second, more on a loaded machine
+START_S = 180.0  # importing sympy takes three seconds of processor time; a loaded machine, minutes
 MAX_ANSWER_CHARS = 500  # a longer one is wrong unless it equals the gold text
 _WORKER = Path(__file__).with_name("_math_worker.py")
 
@@ -295,7 +295,7 @@ class _Worker:
         self._ready = True
 
     def _read(self, deadline_s: float) -> dict:
-        """The next message. Raises TimeoutError past the deadline, EOFError when the process ends."""
+        """The next message. Raises TimeoutError when late, EOFError when the process ends."""
         end = time.monotonic() + deadline_s
         line = b""
         with selectors.DefaultSelector() as selector:

@@ -17,10 +17,13 @@ _ASSERTION = re.compile(
     r"####"
     r"|\b(?:answers?|option|choice|solutions?)\b[ *_]*(?:(?:is|are)\b|:|=)[\s*_:]*"
     r"(?:(?:therefore|thus|equal to|just|simply)\b\s*)?"
-    r"|\banswers?\b[ *_#:]*\n[\s*_]*",
+    r"|\banswers?\b[ *_#:]*\n[\s*_]*"
+    r"|\u7b54\u6848\s*(?:\u662f|\u4e3a|\uff1a|:)",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"\.(?=\s|$|\*)|\n|\u3002|[!?](?=\s|$)(?=\s+[A-Z]|\s*$)")
+_SENTENCE_END = re.compile(
+    r"\.(?=\s|$|\*)|\n|\u3002|[!?](?=\s|$)(?=\s+[A-Z]|\s*$)|\s(?:because|since)\b"
+)
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LISTED = re.compile(r"\s*(?:,|;|and|or|, ?(?:and|or))\s*", re.IGNORECASE)
 _WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}")
@@ -28,6 +31,7 @@ _TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm|operatorname)\s*\{[^{}]*\}")
 _NUMBER = re.compile(
     r"(?<![\w.,/^*\\({\[])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w^/*({\[])(?!\.\d)"
 )
+_HAN = re.compile(r"[\u4e00-\u9fff]")
 _HEDGE = re.compile(r"\b(?:or|either|not|maybe|perhaps|possibly|guess)\b", re.IGNORECASE)
 
 
@@ -86,7 +90,11 @@ def _closing_words(text: str) -> str:
     assertions = list(_ASSERTION.finditer(text))
     if assertions:
         return _of_sentence(_first_sentence(text[assertions[-1].end() :].strip("\n *_:")))
-    if "\n" not in text and len(_WORD.findall(_TEXT.sub("", text))) <= MAX_PLAIN_WORDS:
+    if (
+        "\n" not in text
+        and not _HAN.search(text)
+        and len(_WORD.findall(_TEXT.sub("", text))) <= MAX_PLAIN_WORDS
+    ):
         return _of_sentence(text)
     for sentence in reversed(_sentences(text)):
         if _MATH.search(sentence):

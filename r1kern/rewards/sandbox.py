@@ -83,7 +83,7 @@ class Sandboxed:
 
     Args:
         argv: the command; parts below `BOX` name `files`.
-        files: what lies in `BOX`, by file name: bytes, or the path of a file of ours.
+        files: content of what lies in `BOX`, by file name.
         limits: what it may use.
         stdin: all of its standard input.
         fds: descriptors that it inherits, under their numbers; the caller closes its own copies.
@@ -97,7 +97,7 @@ class Sandboxed:
         self,
         argv: Sequence[str],
         *,
-        files: Mapping[str, bytes | Path],
+        files: Mapping[str, bytes],
         limits: Limits,
         stdin: bytes = b"",
         fds: Sequence[int] = (),
@@ -152,15 +152,17 @@ class Sandboxed:
 
     def kill(self) -> None:
         """Ends it with all its processes; returns when they are gone."""
-        if self._exit_code is None:
+        if self._exit_code is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):  # nothing is left
             if self._limits.unsafe_local:
-                with contextlib.suppress(ProcessLookupError):  # none of the group is left
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)
             else:
-                # bubblewrap ends when the namespace is empty; its own death would come before.
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._child, signal.SIGKILL)
-            self._exit_code = self._await_exit()
+                signal.pidfd_send_signal(self._child, signal.SIGKILL)
+        self._exit_code = self._await_exit()
+        # bubblewrap ends with the program; the namespace is empty when its first process has gone.
+        if self._child is not None and not poll([self._child], END_S):
+            raise TimeoutError(f"a sandbox has not ended within {END_S:.0f} s")
 
     def exit_code(self) -> int:
         """As a shell gives it, 128 plus the signal that ended it; `kill` came before.
@@ -194,8 +196,7 @@ class Sandboxed:
     def _local(self, argv, files, fds, environment, until_started):
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="r1kern-"))
         for name, content in files.items():
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            Path(folder, name).write_bytes(data)
+            Path(folder, name).write_bytes(content)
             Path(folder, name).chmod(0o500)
         argv = [folder + part.removeprefix(BOX) if part.startswith(BOX) else part for part in argv]
         environment |= {"HOME": folder, "TMPDIR": folder}
@@ -216,11 +217,8 @@ class Sandboxed:
         rules = memory_file(seccomp.program(may_fork=self._limits.may_fork))
         command = [bwrap, *_view(self._limits.site_packages), "--perms", "0755", "--dir", BOX]
         for name, content in files.items():
-            if isinstance(content, bytes):
-                copy = passed(memory_file(content))
-                command += ["--perms", "0555", "--ro-bind-data", copy, f"{BOX}/{name}"]
-            else:
-                command += ["--ro-bind", str(content), f"{BOX}/{name}"]
+            copy = passed(memory_file(content))
+            command += ["--perms", "0555", "--ro-bind-data", copy, f"{BOX}/{name}"]
         command += ["--remount-ro", "/", "--chdir", "/tmp"]
         command += ["--json-status-fd", passed(status_writer), "--seccomp", passed(rules)]
         return [*command, "--", *self._limits.command(), *argv], "/"
@@ -238,10 +236,11 @@ class Sandboxed:
                 reason = self.errors().strip()[-300:] or f"no start within {START_S:.0f} s"
                 raise UserError(f"the sandbox does not start ({reason}): {REMEDY}")
             self._status += chunk
-        try:
-            pid = json.loads(self._status.splitlines()[0])["child-pid"]
+        pid = json.loads(self._status.splitlines()[0])["child-pid"]
+        with contextlib.suppress(ProcessLookupError):  # it has ended
             self._child = self._keep(os.pidfd_open(pid))
-        except ProcessLookupError:  # it has ended, and so will bubblewrap
+        # The number is surely its own only while bubblewrap lives.
+        if self._child is None or self.wait(0):
             self._child = self._pidfd
 
     def _await_exit(self) -> int:

@@ -111,8 +111,7 @@ class Scorer:
             pending = [self._code.submit(c.text, tests) for c in completions]
         elif prompt.task == "reference":
             pending = [
-                self._judge.submit(prompt.question, prompt.answer, parts(c.text).summary)
-                for c in completions
+                self._judge.submit(prompt.question, prompt.answer, c.text) for c in completions
             ]
         else:
             grader = self._math or shared_grader()

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -179,10 +179,14 @@ class Pipeline:
         self._write({**record, **self._described(result), "state": "done", "seconds": seconds})
 
     def _described(self, result: Result) -> dict:
-        described = asdict(result)
-        described["outputs"] = {k: self._relative(p) for k, p in result.outputs.items()}
-        described["run"] = self._relative(result.run) if result.run else None
-        return described
+        return {
+            "outputs": {name: self._relative(path) for name, path in result.outputs.items()},
+            "counts": dict(result.counts),
+            "dropped": dict(result.dropped),
+            "accuracy": {name: dict(found) for name, found in result.accuracy.items()},
+            "run": self._relative(result.run) if result.run else None,
+            "notes": list(result.notes),
+        }
 
     def _relative(self, path: Path) -> str:
         path = Path(path)

@@ -22,7 +22,7 @@ from r1kern.errors import UserError
 from r1kern.hf.dtype import ExportDtype
 from r1kern.train.checkpoint import FAILURES, refuse_unsafe_pickle
 from r1kern.train.policy import Policy
-from r1kern.train.reward_model import reading_entry
+from r1kern.train.reading_entry import reading_entry
 
 
 def checkpoint_to_hf(world: World, step: Path, target: Path, dtype: ExportDtype) -> None:

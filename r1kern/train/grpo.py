@@ -30,10 +30,11 @@ from r1kern.generate.sync import SyncReport
 from r1kern.hf.names import hf_shapes
 from r1kern.model.replay import Choices
 from r1kern.report.ledger import Ledger
-from r1kern.report.rollouts import read_rollouts, step_file, write_rollouts
+from r1kern.report.rollouts import step_file, write_rollouts
 from r1kern.rewards.model_terms import add_terms
 from r1kern.rewards.score import Reward, Scorer
 from r1kern.train.head import Loss
+from r1kern.train.interrupted import interrupted_rollouts, sampled_by
 from r1kern.train.objective import counts, grpo_step_loss, split, to_sequences
 from r1kern.train.packing import plan_batches
 from r1kern.train.policy import Policy
@@ -360,7 +361,7 @@ class GRPO:
             write_rollouts(path, rollouts)
 
     def state(self) -> dict:
-        return {"prompts": self.prompts.state(), "sampled_by": self._sampled_by()}
+        return {"prompts": self.prompts.state(), "sampled_by": sampled_by(self.config, self.world)}
 
     def restore(self, state: dict) -> None:
         """Go on after the checkpoint that `state` is of.
@@ -371,34 +372,8 @@ class GRPO:
         self.prompts.restore(state["prompts"])
         self.done = state["step"]
         self.sync()
-        if state.get("sampled_by") == self._sampled_by():
-            self._interrupted = self._read_interrupted()
-
-    def _sampled_by(self) -> dict:
-        """Everything but weights and prompts that graded rollouts depend on, as JSON values."""
-        config = self.config
-        engines = self.world.size // config.parallel.generator_tp
-        return {
-            "engines": engines,
-            "seed": config.run.seed,
-            "rewards": config.rewards,
-            "grading": config.grading.model_dump(mode="json"),
-            "reward_models": {
-                k: m.model_dump(mode="json") for k, m in config.reward_models.items()
-            },
-            "rollout": config.rollout.model_dump(mode="json"),
-            "generator": config.generator.model_dump(mode="json"),
-            "model": config.model.model_dump(mode="json"),
-        }
-
-    def _read_interrupted(self) -> list[Rollout]:
-        """The interrupted step's rollouts, read by rank 0; none when it had not got so far."""
-        # The generator's expert choice, where it is replayed, is not in the file.
-        path = step_file(self.config.run.folder, self.done + 1)
-        read = [[]]
-        if self.world.is_main and self.config.experts.replay != "generator" and path.is_file():
-            rollouts = read_rollouts(path)
-            if {r.weight_version for r in rollouts} == {self.policy.version}:
-                read = [rollouts]
-        dist.broadcast_object_list(read)
-        return read[0]
+        if state.get("sampled_by") == sampled_by(self.config, self.world):
+            path = step_file(self.config.run.folder, self.done + 1)
+            # The generator's expert choice, where it is replayed, is not in the file.
+            if self.config.experts.replay != "generator":
+                self._interrupted = interrupted_rollouts(path, self.world, self.policy.version)

@@ -23,6 +23,7 @@ from r1kern.config import RewardConfig, SFTConfig, TrainConfig, dump_config
 from r1kern.distributed import World
 from r1kern.errors import Interrupted, UserError
 from r1kern.report.device import Meter
+from r1kern.report.html import write_report
 from r1kern.report.ledger import Ledger
 from r1kern.report.machine import record_machine
 from r1kern.report.metrics import MetricsLog
@@ -88,6 +89,8 @@ def run(trainer: Trainer, *, resume: bool = False) -> Path:
             if trainer.critic is not None:
                 trainer.critic.save_hf(folder / "critic")
             dist.barrier()
+        if trainer.world.is_main:
+            write_report(folder)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from transformers import PretrainedConfig
 
-from r1kern.config import PreferenceData, RewardConfig
+from r1kern.config import RewardConfig
 from r1kern.data.dataset import load_preferences
 from r1kern.data.reading import Preference, Reading, hold_out
 from r1kern.data.stream import Stream
@@ -22,9 +22,8 @@ from r1kern.report.ledger import Ledger
 from r1kern.train.head import ValueHead
 from r1kern.train.packing import Plan, balance
 from r1kern.train.policy import Policy
+from r1kern.train.reading_entry import reading_entry
 from r1kern.types import PackedBatch
-
-READING = "r1kern_reading"  # entry of the `config.json`
 
 
 class RewardTrainer:
@@ -164,8 +163,3 @@ def load_sets(config: RewardConfig) -> tuple[list[Preference], list[Preference]]
     if data.eval:
         return pairs, read(data.eval)
     return hold_out(pairs, data.held_out, config.run.seed)
-
-
-def reading_entry(data: PreferenceData) -> dict:
-    """What `reward_scorer` finds in the `config.json` of the model."""
-    return {READING: {"template": data.template, "reads": data.reads}}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,17 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from r1kern.config import Model, Parallel, RewardModel
 from r1kern.data.reading import Reading
-from r1kern.data.template import TEMPLATES
 from r1kern.data.tokenizer import load_tokenizer
 from r1kern.distributed import World
-from r1kern.errors import UserError
 from r1kern.hf.config import read_hf_config
 from r1kern.hf.dense import is_dense
-from r1kern.hf.scalar_head import has_scalar_head
 from r1kern.train.assembly import assemble
 from r1kern.train.packing import plan_batches
 from r1kern.train.passes import score_batches
-from r1kern.train.reward_model import READING
+from r1kern.train.reading_entry import read_reading
 from r1kern.types import Rollout, Sequence
 
 log = logging.getLogger(__name__)
@@ -195,28 +190,3 @@ class _Scorer:
             yield
         finally:
             self._model.cpu()
-
-
-def read_reading(options: RewardModel) -> Reading:
-    """How a model reads: its own template, and of a response what the options say.
-
-    Raises:
-        UserError: the folder is no reward model, or does not name its template.
-    """
-    folder = options.path
-    hf = read_hf_config(folder)
-    if not has_scalar_head(hf):
-        raise UserError(
-            f"{folder} is no reward model ({(hf.architectures or ['no architecture'])[0]}): train "
-            f"one from it with `r1kern reward`"
-        )
-    path = Path(folder) / "config.json"
-    entry = json.loads(path.read_text()).get(READING)
-    if not isinstance(entry, dict) or entry.get("template") not in TEMPLATES:
-        raise UserError(
-            f'{path} does not say how the model reads: add "{READING}": {{"template": "chat"}} '
-            f"(or {', '.join(t for t in TEMPLATES if t != 'chat')}), as it was trained"
-        )
-    if entry.get("reads", options.reads) != options.reads:
-        log.info("%s was trained on the %s, it reads the %s", folder, entry["reads"], options.reads)
-    return Reading(entry["template"], options.reads)
