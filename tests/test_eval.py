@@ -16,8 +16,10 @@ from launch import TESTS, environment
 from tiny_model import write_tiny_model
 
 from r1kern import cli, distributed
+from r1kern.config import EvalConfig, load_config
 from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.eval.metrics import pass_at_1
+from r1kern.eval.run import evaluate
 from r1kern.report.rollouts import read_rollouts, write_rollouts
 from r1kern.rewards.format import format_reward
 from r1kern.types import Score
@@ -59,12 +61,11 @@ def chunks(folder, benchmark="*") -> dict:
 
 
 def run_eval(work, *overrides, folder="run") -> dict:
+    """As the command does, but the process groups stay, which the next engine needs."""
     place = f"run.folder={work / folder}"
-    assert cli.run(["eval", str(work / "eval.yaml"), place, *overrides]) == 0
-    folder = next((o.partition("=")[2] for o in overrides if o.startswith("run.folder=")), None)
-    return json.loads(
-        ((work / "run" if folder is None else work / folder) / "results.json").read_text()
-    )
+    results = evaluate(load_config(EvalConfig, work / "eval.yaml", [place, *overrides]))
+    assert results == json.loads((work / folder / "results.json").read_text())
+    return results
 
 
 def refused(capfd, work, *arguments) -> str:
@@ -144,15 +145,15 @@ def check(work, results) -> None:
 
 
 def test_what_is_stored_is_only_computed_again(work, caplog):
-    """No engine is built; answers that changed are judged anew; other options are other samples."""
+    """No engine is built, and answers that changed are judged anew."""
     before = chunks(work / "run")
     (work / "run" / "results.json").unlink()
     caplog.set_level("INFO", "r1kern")
-    run_eval(work)
+    earlier = run_eval(work)["benchmarks"]["sums"]["metrics"]["pass@1"]
     assert "benchmark mmlu" in caplog.text and "sampling" not in caplog.text
     assert chunks(work / "run") == before
 
-    # the gold answers become what the first samples say: every first sample is right
+    # the gold answers become what the first samples say
     rollouts = {r.prompt.id: r for p in chunks(work / "run", "sums") for r in read_rollouts(p)}
     said = {name: r.completions[0].text for name, r in rollouts.items()}
     assert all(text.strip() for text in said.values())
@@ -161,25 +162,24 @@ def test_what_is_stored_is_only_computed_again(work, caplog):
     ]
     (work / "said.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sums))
     results = run_eval(work, f"benchmarks.sums.path={work / 'said.jsonl'}")
-    assert results["benchmarks"]["sums"]["metrics"]["pass@1"] >= 0.25
+    assert results["benchmarks"]["sums"]["metrics"]["pass@1"] > earlier
     assert chunks(work / "run") == before
 
 
 def test_other_options_do_not_mix(work, caplog):
-    before = chunks(work / "run", "mmlu")
-    only = "benchmarks={mmlu: {kind: mmlu, path: %s, limit: 2}}" % (TESTS / "data" / "mmlu.jsonl")
-    run_eval(work, only, "protocol.temperature=1.0")
-    other = {p: s for p, s in chunks(work / "run", "mmlu").items() if p not in before}
-    assert len(other) == 1
-    (path,) = other
-    assert json.loads((path.parent / "options.json").read_text())["sampling"]["temperature"] == 1.0
-    assert {p.parent for p in before}.isdisjoint({path.parent})
-    # more problems of the same options: what is there is used, in the file's order
+    """Another budget: other samples. More problems, other chunks: what is there is used."""
+    before, mmlu = chunks(work / "run", "gsm8k"), chunks(work / "run", "mmlu")
     caplog.set_level("INFO", "r1kern")
-    caplog.clear()
-    more = only.replace("limit: 2", "limit: 5")
-    results = run_eval(work, more, "protocol.temperature=1.0", "protocol.chunk=3")
-    assert "sampling 12 completions" in caplog.text
+    more = ["benchmarks.gsm8k.max_tokens=8", "benchmarks.mmlu.limit=5", "protocol.chunk=5"]
+    results = run_eval(work, *more)
+    (path,) = chunks(work / "run", "gsm8k").keys() - before.keys()
+    assert path.parent not in {p.parent for p in before}
+    assert json.loads((path.parent / "options.json").read_text())["sampling"]["max_tokens"] == 8
+    assert results["benchmarks"]["gsm8k"]["metrics"]["tokens"] <= 8
+    assert "sampling 10 completions in 1 chunks" in caplog.text
+    (new,) = chunks(work / "run", "mmlu").keys() - mmlu.keys()
+    assert new.parent in {p.parent for p in mmlu} and len(read_rollouts(new)) == 2
+    assert "sampling 8 completions in 1 chunks" in caplog.text
     assert results["benchmarks"]["mmlu"]["metrics"]["problems"] == 5
 
 
@@ -202,3 +202,14 @@ def test_samples_are_judged_again_when_asked(work):
     right = run_eval(work, "regrade=true")["benchmarks"]["sums"]["metrics"]["pass@1"]
     assert right < wrong
     assert read_rollouts(path) == rollouts
+
+
+def test_the_command_prints_the_table(work, capfd):
+    """Everything is stored: it computes, prints and leaves the process groups."""
+    before = chunks(work / "run")
+    (work / "run" / "results.json").unlink()
+    assert cli.run(["eval", str(work / "eval.yaml")]) == 0
+    printed = capfd.readouterr().out
+    assert re.search(r"benchmark +problems x k +pass@1 %", printed)
+    assert re.search(r"gsm8k +5 x 2 +\d", printed) and "results.md" in printed
+    assert (work / "run" / "results.json").is_file() and chunks(work / "run") == before

@@ -68,7 +68,7 @@ def _rates(correct: list[list[bool]]) -> dict:
     single = all(len(row) == 1 for row in correct)
     return {
         "pass@1": pass_at_1(correct),
-        "interval": confidence_interval(correct),
+        "interval": list(confidence_interval(correct)),
         "interval_kind": "Wilson" if single else "normal over problems",
         **at_k,
     }
