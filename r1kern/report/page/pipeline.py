@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from r1kern.report.page.bars import points, rows
@@ -47,21 +48,36 @@ def _overview(about: dict, stages: list[Stage]) -> str:
 
 
 def _accuracies(stages: list[Stage]) -> str:
-    """One chart for each thing measured, a row for each stage that measured it."""
-    labels = dict.fromkeys(label for s in stages for label in s.accuracy)
-    charts = []
-    for label in labels:
-        measured, sizes = [], set()
-        for name, (value, half, size) in ((s.name, s.accuracy.get(label, NOT)) for s in stages):
-            if value is not None:
-                measured.append((name, value, half and (value - half, value + half)))
-                sizes.add(size)
-        notes = [" or ".join(sorted(filter(None, sizes)))]
-        notes += ["bar: 95 % interval"] if any(interval for *_, interval in measured) else []
-        charts.append(points(f"pass@1, {label}", measured, "; ".join(filter(None, notes))))
+    """One chart for each thing that several stages measured, and one for all the others."""
+    counts = Counter(label for s in stages for label in s.accuracy)
+    shared = [label for label in counts if counts[label] > 1]
+    charts = [
+        _chart(f"pass@1, {label}", [(s.name, s.accuracy.get(label, NOT)) for s in stages])
+        for label in shared
+    ]
+    single = [
+        (f"{s.name}: {label}", measured)
+        for s in stages
+        for label, measured in s.accuracy.items()
+        if label not in shared
+    ]
+    charts += [_chart("pass@1", single)] if single else []
     if not charts:
         return ""
     return f'<h3>Measured accuracy</h3><div class="charts">{"".join(charts)}</div>'
+
+
+def _chart(title: str, entries: list[tuple[str, tuple]]) -> str:
+    """A row for each entry that was measured."""
+    measured, sizes = [], set()
+    for name, (value, half, size) in entries:
+        if value is not None:
+            interval = None if half is None else (value - half, value + half)
+            measured.append((name, value, interval))
+            sizes.add(size)
+    notes = [" or ".join(sorted(filter(None, sizes)))]
+    notes += ["bar: 95 % interval"] if any(interval for *_, interval in measured) else []
+    return points(title, measured, "; ".join(filter(None, notes)))
 
 
 def _table(stages: list[Stage]) -> str:

@@ -75,8 +75,8 @@ def _accuracy(value: object) -> dict[str, tuple[float, float | None, str]]:
 def feeds(stages: list[Stage]) -> list[list[tuple[int, str]]]:
     """Of each stage the earlier ones (by index) whose output it takes, with the input's label.
 
-    An input names a stage, or a path that is an output of one or lies within it; of several the
-    latest earlier one is meant.
+    An input names a stage or its output as "stage.output", or a path that is an output of one or
+    lies within it; of several the latest earlier one is meant.
     """
     found = []
     for i, stage in enumerate(stages):
@@ -91,7 +91,7 @@ def feeds(stages: list[Stage]) -> list[list[tuple[int, str]]]:
 
 def _source(value: str, earlier: list[Stage]) -> int | None:
     for i in reversed(range(len(earlier))):
-        if value == earlier[i].name:
+        if earlier[i].name in (value, value.partition(".")[0]):
             return i
     path = PurePosixPath(value)
     for i in reversed(range(len(earlier))):
