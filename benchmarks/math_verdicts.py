@@ -3,9 +3,10 @@
     python benchmarks/math_verdicts.py --out benchmarks/results
 
 Compared with `r1kern.rewards.math`: math-verify alone (its `parse` and `verify` on the same two
-texts, as its README calls them) and, where it is installed, mathruler (`grade_answer`, after its
-`extract_boxed_content` where the text has a box). The cases were written by this project, so they
-favour it; the second set was written before its grader had seen any of it.
+texts, a bare answer in dollar signs, as its README asks) and, where it is installed, mathruler
+(`grade_answer`, after its `extract_boxed_content` where the text has a box). The cases were written
+by this project, so they favour it; of the second set, written before its grader had seen any of
+it, the grader first judged 366 of 397 right.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import importlib.metadata
 import platform
 import random
+import re
 import resource
 import signal
 import sys
@@ -29,14 +31,20 @@ import math_cases_blind  # noqa: E402
 from r1kern.rewards.math import MathGrader  # noqa: E402
 
 VERDICTS = 10_000
-LIMIT_S = 8  # of the clock, for graders without a limit of their own
+LIMIT_S = 3  # of processor time, for graders without a limit of their own
 
 
 def math_verify_alone(prediction: str, gold: str) -> bool:
     from math_verify import parse, verify
 
-    golds = parse(gold if "$" in gold or "boxed" in gold else f"${gold}$", parsing_timeout=None)
-    return bool(verify(golds, parse(prediction, parsing_timeout=None), timeout_seconds=None))
+    golds, found = (parse(delimited(text), parsing_timeout=None) for text in (gold, prediction))
+    return bool(verify(golds, found, timeout_seconds=None))
+
+
+def delimited(text: str) -> str:
+    """A bare answer as the LaTeX that math-verify asks for; text and money as they are."""
+    is_text = re.search(r"[$]|boxed|answer|\\[(\[]|[a-z]{4,} [a-z]{2,}", text)
+    return text if is_text else f"${text}$"
 
 
 def mathruler_alone(prediction: str, gold: str) -> bool:
@@ -50,13 +58,13 @@ def right(grade, pairs: list, expected: bool) -> int:
     """How many of the pairs `grade` judges as expected; an exception judges nothing right."""
     count = 0
     for pair in pairs:
-        signal.alarm(LIMIT_S)
+        signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_S)
         try:
             count += grade(*pair) is expected
         except Exception as error:
             print(f"{type(error).__name__}: {pair}")
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     return count
 
 
@@ -138,7 +146,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     out = arguments.parse_args().out
-    signal.signal(signal.SIGALRM, out_of_time)
+    signal.signal(signal.SIGVTALRM, out_of_time)
     grader = MathGrader()
     grader.grade([("x+1", "1+x")])  # starts the workers
     graders = {
@@ -152,7 +160,7 @@ def main() -> None:
     text = (
         f"# Math graders\n\n`python benchmarks/math_verdicts.py`, {platform.machine()}, Python "
         f"{platform.python_version()}.\n\nCases judged right, of equal + different pairs "
-        "(tests/math_cases.py and, judged blind at first, tests/math_cases_blind.py; written by "
+        "(tests/math_cases.py and, judged blind at first, tests/math_cases_blind.py, of which 366 of 397; written by "
         "this project, whose tests demand all of them).\n\n"
         f"{table(graders, score(graders))}\n\n## Throughput\n\n{throughput()}\n"
     )

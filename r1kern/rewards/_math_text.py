@@ -20,7 +20,7 @@ _UNICODE = {
     "“": "", "”": "", "\u200b": "", "\ufeff": "", "，": ",", "：": ":", "（": "(", "）": ")",
     "€": r"\euro ", "£": r"\pound ", "¥": r"\yen ", "￥": r"\yen ",
     "∑": r"\sum ", "∫": r"\int ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "∠": r"\angle ",
+    "⌉": r"\rceil ", "∠": r"\angle ", "≈": r"\approx ",
 }  # fmt: skip
 for _letter in "αβγδεζηθκλμνρστφχψω":
     _name = unicodedata.name(_letter).rpartition(" ")[2].lower().replace("lamda", "lambda")
