@@ -68,15 +68,14 @@ def _edges(target: int, sources: list[tuple[int, str]], places, long) -> str:
             lane = PAD + LANE * long.index((source, target)) + LANE / 2
             start, end = y0 + BOX_H + GAP_Y * 0.3, y1 - GAP_Y * 0.4  # in the gaps between layers
             d = f"M{x0 + 40} {y0 + BOX_H}V{start}H{lane}V{end}H{x1 + 40}V{y1 - 1}"
-            where = f'x="{lane + 6}" y="{end - 5}" text-anchor="start"'
+            where, label = "", ""  # lanes lie too close for words; the stage's tab has them
         else:
             a, b, y = x0 + BOX_W / 2, x1 + BOX_W / 2, (y0 + BOX_H + y1) / 2
             d = f"M{a} {y0 + BOX_H}C{a} {y} {b} {y} {b} {y1 - 1}"
             where = f'x="{(a + b) / 2 + 8}" y="{y + 4}" text-anchor="start"'
-        parts.append(
-            f'<path class="edge" d="{d}" marker-end="url(#head)"/>'
-            f'<text class="on" {where}>{safe(brief(label, 34))}</text>'
-        )
+        parts.append(f'<path class="edge" d="{d}" marker-end="url(#head)"/>')
+        if label:
+            parts.append(f'<text class="on" {where}>{safe(brief(label, 34))}</text>')
     return "".join(parts)
 
 
