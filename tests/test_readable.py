@@ -1,4 +1,4 @@
-"""Filters of rejection sampling and cold start, and the count of reflections."""
+"""Filters of rejection sampling and cold start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1kern.errors import UserError
-from r1kern.rewards.readable import Limits, reflections, why_unreadable
+from r1kern.rewards.readable import Limits, why_unreadable
 
 THOUGHT = "First we add three and four. Then we check that the sum is seven.\nSo it is seven."
 SUMMARY = "The sum of three and four is seven."
@@ -66,21 +66,3 @@ def test_limits_move_each_filter():
 def test_any_text_is_judged(text):
     reason = why_unreadable(text, language="en")
     assert reason is None or isinstance(reason, str)
-    assert reflections(text) >= 0
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("", 0),
-        ("Wait, wait. Wait. That's an aha moment I can flag here.", 3),
-        ("Let's re-evaluate this step by step.", 1),
-        ("The waiter awaits; unmistakable.", 0),
-        ("Hmm. Alternatively, I made a mistake: let me check.", 4),
-        ("That’s not right. Double-check it.", 2),
-        ("等等，让我重新计算一下。不对，错了。", 4),
-        ("我们把三和四加起来。", 0),
-    ],
-)
-def test_reflections_are_counted(text, count):
-    assert reflections(text) == count

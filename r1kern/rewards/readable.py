@@ -1,4 +1,4 @@
-"""What makes a completion unreadable, and how often it reflects.
+"""What makes a completion unreadable.
 
 The filters are those of DeepSeek-R1's cold start (arXiv 2501.12948, section 2.3.1: a pattern with a
 summary, not-reader-friendly responses dropped) and of its rejection sampling (section 2.3.3: mixed
@@ -8,7 +8,6 @@ as are the reasons "repetition" and "unfinished".
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from r1kern.rewards.format import parts
@@ -69,27 +68,3 @@ def why_unreadable(completion: str, *, language: str, limits: Limits | None = No
 
 
 TAGGED = ("think", "answer")
-
-# After the paper's examples (section 2.2.4 and its table 3, "Wait, wait. Wait."); the list is ours.
-REFLECTION_WORDS = (
-    *("wait", "hmm", "hold on", "on second thought", "alternatively", "mistake", "mistaken"),
-    *("re-evaluate", "reevaluate", "re-check", "recheck", "re-examine", "reexamine", "reconsider"),
-    *("double-check", "double check", "let me check", "let's check", "let me verify"),
-    *("let's verify", "let me re-read", "let me rethink", "that's not right", "that is not right"),
-)
-REFLECTION_WORDS_CHINESE = (
-    *("等等", "等一下", "等一等", "重新", "再检查", "检查一下", "验证一下", "再想想", "再看看"),
-    *("不对", "错了", "换个思路", "换一种", "另一种方法", "仔细想想", "反思"),
-)
-_REFLECTION = re.compile(
-    r"\b(?:"
-    + "|".join(map(re.escape, sorted(REFLECTION_WORDS, key=len, reverse=True)))
-    + r")\b|"
-    + "|".join(REFLECTION_WORDS_CHINESE),
-    re.IGNORECASE,
-)
-
-
-def reflections(text: str) -> int:
-    """How many words and phrases of reflection `text` holds (`REFLECTION_WORDS`, whole words)."""
-    return len(_REFLECTION.findall(text.replace("\u2019", "'")))

@@ -7,7 +7,8 @@ import re
 # Source: DeepSeek-R1 (arXiv 2501.12948), section 2.2.4 and Table 3 ("Wait, wait. Wait. That's an
 # aha moment", "reevaluate"). The paper gives no list; plain "but" and "however" are left out.
 PATTERN = re.compile(
-    r"\b(?:wait|hold on|hmm+|aha|on second thought|let(?:'|\u2019)?s? me (?:re-?)?(?:check|verify)"
+    r"\b(?:wait|hold on|hmm+|aha|on second thought|alternatively"
+    r"|let(?:'|\u2019)?s? me (?:re-?)?(?:check|verify)"
     r"|re-?(?:evaluat|check|consider|think|examin|verif|do|calculat|comput)(?:e|es|ed|y|ied|ing)?"
     r"|double[- ]check(?:ed|ing)?|(?:check|try|start) (?:it |this |that )?again"
     r"|i made (?:a|an) (?:mistake|error)|that(?:'|\u2019)s (?:not right|wrong))\b"
