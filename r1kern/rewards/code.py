@@ -127,6 +127,24 @@ class CodeGrader:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def check(self) -> None:
+        """Test a program, to find out before there are any.
+
+        Raises:
+            UserError: there is no sandbox, or it does not work here; the message has the remedy.
+        """
+        result = run_tests(
+            "def f():\n    return 1\n",
+            ["assert f() == 1"],
+            timeout_s=60.0,
+            unsafe_local=self.options.unsafe_local,
+        )
+        if result.passed != 1:
+            raise UserError(
+                f"the sandbox does not run a program here ({result.error}): see `r1kern doctor`, "
+                "or set grading.sandbox.unsafe_local to run programs with your own rights"
+            )
+
     def submit(self, completion: str, tests: Iterable) -> Future[Verdict]:
         """The verdict to come.  Never raises: what cannot be judged is a failure.
 

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from r1kern.config import Grading
 from r1kern.errors import UserError
 from r1kern.rewards.code import CodeGrader
+from r1kern.rewards.code_tests import read_tests
 from r1kern.rewards.format import format_reward, parts
 from r1kern.rewards.judge import JudgeClient
 from r1kern.rewards.language import consistency
@@ -75,21 +76,23 @@ class Scorer:
         """Build and try the graders that these prompts need, before anything long is started.
 
         Raises:
-            UserError: no sandbox for programs; no judge, or it cannot be reached.
+            UserError: no sandbox for programs, or a test that cannot be read; no judge, or it
+                cannot be reached.
         """
         if "accuracy" not in self._weights:
             return
-        tasks = {prompt.task for prompt in prompts}
-        if "code" in tasks and self._code is None:
-            self._code = CodeGrader(self._options.sandbox)
-        if "reference" in tasks and self._judge is None:
-            if self._options.judge is None:
-                raise UserError(
-                    "some prompts have task 'reference', which only a judge can grade: set "
-                    "grading.judge.url and grading.judge.model"
-                )
-            self._judge = JudgeClient(self._options.judge)
-            self._judge.check()
+        by_task: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            by_task.setdefault(prompt.task, []).append(prompt)
+        for prompt in by_task.get("code", ()):
+            try:
+                read_tests(_tests(prompt))
+            except UserError as error:
+                raise UserError(f"prompt '{prompt.id}': {error}") from error
+        if "code" in by_task:
+            self._coder().check()
+        if "reference" in by_task:
+            self._judge_client().check()
 
     def submit(self, rollout: Rollout) -> Future[Rollout]:
         """The rollout with one `Score` per completion, as soon as it is graded."""
@@ -103,21 +106,34 @@ class Scorer:
     def _verdicts(self, rollout: Rollout) -> Callable[[], list[Verdict]] | None:
         """Starts judging accuracy; a function that waits for it.  None where there is no answer."""
         prompt, completions = rollout.prompt, rollout.completions
-        self.prepare([prompt])
         if prompt.task == "general":
             return None
         if prompt.task == "code":
-            tests = [json.loads(test) for test in prompt.tests]
-            pending = [self._code.submit(c.text, tests) for c in completions]
+            coder, tests = self._coder(), _tests(prompt)
+            pending = [coder.submit(c.text, tests) for c in completions]
         elif prompt.task == "reference":
-            pending = [
-                self._judge.submit(prompt.question, prompt.answer, c.text) for c in completions
-            ]
+            judge = self._judge_client()
+            pending = [judge.submit(prompt.question, prompt.answer, c.text) for c in completions]
         else:
             grader = self._math or shared_grader()
             pairs = [(c.text, prompt.answer) for c in completions]
             return lambda: grader.grade(pairs, self._options.deadline_s)
         return lambda: [verdict.result() for verdict in pending]
+
+    def _coder(self) -> CodeGrader:
+        if self._code is None:
+            self._code = CodeGrader(self._options.sandbox)
+        return self._code
+
+    def _judge_client(self) -> JudgeClient:
+        if self._options.judge is None:
+            raise UserError(
+                "some prompts have task 'reference', which only a judge can grade: set "
+                "grading.judge.url and grading.judge.model"
+            )
+        if self._judge is None:
+            self._judge = JudgeClient(self._options.judge)
+        return self._judge
 
     def _score(self, rollout: Rollout, verdicts: Callable[[], list[Verdict]] | None) -> Rollout:
         judged = verdicts() if verdicts else [None] * len(rollout.completions)
@@ -149,6 +165,10 @@ class Scorer:
         if failures:
             return Score(terms, 0.0, "; ".join(failures))
         return Score(terms, weighted(terms, self._weights))
+
+
+def _tests(prompt: Prompt) -> list:
+    return [json.loads(test) for test in prompt.tests]
 
 
 def weighted(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
