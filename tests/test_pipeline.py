@@ -270,3 +270,41 @@ def test_the_documented_script_runs(tmp_path):
     record = json.loads((Path(tmp_path) / "runs" / "mine" / "pipeline.json").read_text())
     assert [stage["state"] for stage in record["stages"]] == ["done", "done"]
     assert "is done" in done.stdout  # the second run
+
+
+SMALL = [
+    *("tiny.steps=250", "tiny.student_steps=20", "tiny.visits=3", "rl.train.steps=2"),
+    *("rl.rollout.prompts_per_step=8", "evaluation_samples=1", "data.eval=bundled:gsm8k_arith_val"),
+    *("cold_start.collect.prompts=60", "rejection.collect.prompts=60"),
+    *("all_scenarios.rl.train.steps=2", "all_scenarios.reward.train.steps=3"),
+]
+KILLED_AT = [  # files whose appearance is the moment of a kill
+    "tiny/model/metrics.jsonl",
+    "cold_start/samples_base.jsonl.parts",
+    "reasoning_rl/rollouts/step_000001.jsonl",
+    "all_scenarios/helpfulness/metrics.jsonl",
+    "distil/tiny_qwen2/distilled.jsonl.parts",
+]
+
+
+@pytest.mark.full
+def test_all_six_stages_killed_in_five_of_them(tmp_path):
+    folder = tmp_path / "run"
+    overrides = [f"run.folder={folder}", *SMALL]
+    command = [sys.executable, "-m", "r1kern", "pipeline", str(DEMO), *overrides]
+    for name in KILLED_AT:
+        run = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+        end = time.monotonic() + 1800
+        while not (folder / name).exists():
+            assert time.monotonic() < end and run.poll() is None, f"{name} did not appear"
+            time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=3600)
+    stages = json.loads((folder / "pipeline.json").read_text())["stages"]
+    assert [stage["state"] for stage in stages] == ["done"] * 8
+    measured = {stage["name"]: stage["accuracy"] for stage in stages if stage["accuracy"]}
+    assert set(measured) == {
+        *("zero", "cold_start", "reasoning_rl", "rejection", "all_scenarios", "distil")
+    }
+    assert (folder / "report.html").stat().st_size > 100_000
