@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from r1kern.orphan import LAUNCHER
+
 
 def launch(arguments: list[str], *, processes: int) -> int:
     """Run `python -m r1kern ARGUMENTS` as one torchrun job on this machine.
@@ -34,6 +36,7 @@ def launch(arguments: list[str], *, processes: int) -> int:
         monitor_interval=0.2,
         shutdown_timeout=120,
     )
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-m", "r1kern", *arguments)
     except ChildFailedError as error:
@@ -41,4 +44,6 @@ def launch(arguments: list[str], *, processes: int) -> int:
         return 128 - code if code < 0 else code  # a signal, as shells count it
     except SignalException as stopped:
         return 128 + stopped.sigval
+    finally:
+        del os.environ[LAUNCHER]
     return 0

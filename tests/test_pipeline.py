@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import ROOT, environment
 
@@ -131,10 +132,7 @@ def test_a_killed_pipeline_goes_on_and_two_never_share_a_folder(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(script), str(folder)]
     slow = subprocess.Popen([*command, "slow"], env=environment(), start_new_session=True)
-    end = time.monotonic() + 120
-    while not (folder / "only" / "seen.txt").exists():
-        assert time.monotonic() < end and slow.poll() is None, "the stage did not start"
-        time.sleep(0.1)
+    _until((folder / "only" / "seen.txt").exists, slow, "the stage")
     second = subprocess.run([*command, "fast"], env=environment(), capture_output=True, text=True)
     assert "another pipeline is running" in second.stderr
     os.killpg(slow.pid, signal.SIGKILL)
@@ -272,6 +270,48 @@ def test_the_documented_script_runs(tmp_path):
     assert "is done" in done.stdout  # the second run
 
 
+ORPHANS = """
+import sys
+from r1kern.launch import launch
+launch(["sft", *sys.argv[1:]], processes=2)
+"""
+
+
+def test_a_killed_launcher_takes_its_processes_along(tmp_path):
+    """They would go on writing into the folder that the next start takes up."""
+    from r1kern.data.cold_start import write_cold_start
+    from r1kern.data.tiny_model import DEEPSEEK, write_model
+    from r1kern.data.tokenizer import build_demo_tokenizer
+
+    write_model(tmp_path / "base", DEEPSEEK, build_demo_tokenizer())
+    write_cold_start(["1+2", "3+4", "5+6"], tmp_path / "data.jsonl", visits=20, seed=0)
+    run = tmp_path / "run"
+    options = [f"model.path={tmp_path}/base", f"data.train={tmp_path}/data.jsonl"]
+    options += [f"run.folder={run}", "train.steps=100000"]
+    command = [sys.executable, "-c", ORPHANS, str(ROOT / "configs" / "demo_sft.yaml"), *options]
+    launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    try:
+        _until(lambda: (run / "metrics.jsonl").exists(), launcher, "the run's first step")
+        ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if _is_rank(p)]
+        assert len(ranks) == 2
+    finally:
+        launcher.kill()  # the launcher alone
+        launcher.wait()
+    _, left = psutil.wait_procs(ranks, timeout=20)
+    assert not left
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "r1kern" in process.cmdline() and "sft" in process.cmdline()
+
+
+def _until(happened, process: subprocess.Popen, what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end and process.poll() is None, f"{what} did not come"
+        time.sleep(0.1)
+
+
 SMALL = [
     *("tiny.steps=250", "tiny.student_steps=20", "tiny.visits=3", "rl.train.steps=2"),
     *("rl.rollout.prompts_per_step=8", "evaluation_samples=1", "data.eval=bundled:gsm8k_arith_val"),
@@ -294,10 +334,7 @@ def test_all_six_stages_killed_in_five_of_them(tmp_path):
     command = [sys.executable, "-m", "r1kern", "pipeline", str(DEMO), *overrides]
     for name in KILLED_AT:
         run = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
-        end = time.monotonic() + 1800
-        while not (folder / name).exists():
-            assert time.monotonic() < end and run.poll() is None, f"{name} did not appear"
-            time.sleep(0.2)
+        _until((folder / name).exists, run, name, seconds=1800)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=3600)

@@ -21,10 +21,12 @@ from r1kern.cli import (  # noqa: F401  (they join the application)
 )
 from r1kern.cli.application import app
 from r1kern.errors import Interrupted, UserError
+from r1kern.orphan import end_with_launcher
 
 
 def main() -> None:
     """Run the command line and leave: threads of vLLM and gloo would hold the process up."""
+    end_with_launcher()
     if os.environ.get("RANK", "0") == "0":
         _print_notes()
     code = run(sys.argv[1:])
