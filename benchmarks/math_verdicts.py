@@ -160,8 +160,8 @@ def main() -> None:
     text = (
         f"# Math graders\n\n`python benchmarks/math_verdicts.py`, {platform.machine()}, Python "
         f"{platform.python_version()}.\n\nCases judged right, of equal + different pairs "
-        "(tests/math_cases.py and, judged blind at first, tests/math_cases_blind.py, of which 366 of 397; written by "
-        "this project, whose tests demand all of them).\n\n"
+        "(tests/math_cases.py and, judged blind at first, tests/math_cases_blind.py, of which 366 "
+        "of 397; written by this project, whose tests demand all of them).\n\n"
         f"{table(graders, score(graders))}\n\n## Throughput\n\n{throughput()}\n"
     )
     (out / "math_graders.md").write_text(text)

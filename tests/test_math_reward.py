@@ -229,7 +229,7 @@ def test_a_grader_failure_is_not_a_wrong_answer(grader):
 def test_a_worker_that_sleeps_is_replaced_and_its_late_reply_is_not_the_next_ones():
     grader = MathGrader(workers=1)
     hard = ("\\frac{1}{2}", "0.5")
-    grader.grade([hard])
+    assert grader.grade([hard], deadline_s=10) == [Verdict(True)]
     holder = grader._workers[0]._process.pid
     judge = judge_of(holder)
     os.kill(judge, signal.SIGSTOP)  # uses no processor time, and its timers do not fire
