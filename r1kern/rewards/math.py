@@ -212,6 +212,7 @@ class _Worker:
         self._owner = 0
         self._ready = False
         self._overdue = False
+        self._unread = b""
         self._ids = itertools.count(1)
 
     def ask(self, question: _Question, processor_s: float, wall_s: float) -> Verdict:
@@ -277,6 +278,7 @@ class _Worker:
         )
         self._owner = os.getpid()
         self._ready = self._overdue = False
+        self._unread = b""
 
     def await_ready(self) -> None:
         if self._ready:
@@ -297,16 +299,16 @@ class _Worker:
     def _read(self, deadline_s: float) -> dict:
         """The next message. Raises TimeoutError when late, EOFError when the process ends."""
         end = time.monotonic() + deadline_s
-        line = b""
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
+            while b"\n" not in self._unread:  # a late reply and the next may come together
                 if not selector.select(max(0.0, end - time.monotonic())):
                     raise TimeoutError
                 chunk = os.read(self._process.stdout.fileno(), 65536)
                 if not chunk:
                     raise EOFError
-                line += chunk
+                self._unread += chunk
+        line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
 
 
