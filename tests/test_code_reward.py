@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 
 from r1kern.config import Sandbox
 from r1kern.errors import UserError
-from r1kern.rewards import _code_wire as wire
 from r1kern.rewards.code import CodeGrader, program_of, run_tests
-from r1kern.rewards.code_tests import Stdin, read_tests
+from r1kern.rewards.programs import _code_wire as wire
+from r1kern.rewards.programs.tests import Stdin, read_tests
 from r1kern.rewards.verdict import Verdict
 
 DATA = Path(__file__).parent / "data" / "code_tasks.jsonl"
@@ -521,7 +521,7 @@ def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
     for program in ("prlimit", "cat", "sh"):
         (tmp_path / program).symlink_to(shutil.which(program))
     environment = {"PATH": str(tmp_path)}
-    monkeypatch.setattr("r1kern.rewards.sandbox.ENVIRONMENT", environment)
+    monkeypatch.setattr("r1kern.rewards.programs.sandbox.ENVIRONMENT", environment)
     with pytest.raises(UserError, match=r"apt install g\+\+"):
         run_tests("int main() {}", [("", "")], language="cpp", unsafe_local=True)
 

@@ -26,8 +26,13 @@ from r1kern.config import Judge
 from r1kern.data.tokenizer import build_demo_tokenizer
 from r1kern.errors import UserError
 from r1kern.rewards.judge import JudgeClient
-from r1kern.rewards.judge_http import JudgeError
-from r1kern.rewards.judge_prompts import pair_messages, read_label, read_verdict, reference_messages
+from r1kern.rewards.judging.http import JudgeError
+from r1kern.rewards.judging.prompts import (
+    pair_messages,
+    read_label,
+    read_verdict,
+    reference_messages,
+)
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from r1kern.errors import UserError
-from r1kern.rewards._math_equal import equivalent
+from r1kern.rewards.equivalence.equal import equivalent
 from r1kern.rewards.math import MathGrader, Verdict, shared_grader, verify
 
 CASES = {**math_cases.CASES, **math_cases_blind.CASES}

@@ -12,7 +12,7 @@ import psutil
 from r1kern.doctor.check import Check, at_least
 from r1kern.errors import UserError
 from r1kern.rewards.code import run_tests
-from r1kern.rewards.sandbox import REMEDY
+from r1kern.rewards.programs.sandbox import REMEDY
 
 RAM_GIB = 8  # what the demo may take
 DISK_GIB = 2  # the demo's run folder and the caches of vLLM and torch

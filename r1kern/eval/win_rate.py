@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from r1kern.rewards.judge_prompts import LABELS
+from r1kern.rewards.judging.prompts import LABELS
 
 STRONG_WEIGHT = 3  # Arena-Hard counts a significant win or loss three times
 RIDGE = 0.01  # keeps a fit finite where outcomes or lengths separate

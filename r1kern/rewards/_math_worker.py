@@ -62,7 +62,7 @@ def make_judge():
     """The function (prediction, gold) -> whether they are equivalent."""
     from math_verify import parse, verify
 
-    from r1kern.rewards._math_equal import equivalent
+    from r1kern.rewards.equivalence.equal import equivalent
 
     def judge(prediction: str, gold: str) -> bool:
         verdict = equivalent(prediction, gold)

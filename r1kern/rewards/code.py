@@ -5,8 +5,9 @@ based on predefined test cases". The paper says no more; everything below is our
 
 Standard input tests: the program gets the input alone, its output is compared here. Calls,
 assertions and test programs run in a second sandbox, whose candidate functions ask the program's
-sandbox for plain data (`_code_checker`, `_code_program`). So there is nothing to read, and a
-forged message is no more than a returned value. `code_tests` lists the forms of a test.
+sandbox for plain data (`_code_checker` and `_code_program` in `programs`). So there is nothing to
+read, and a forged message is no more than a returned value. `programs.tests` lists the forms of a
+test.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from dataclasses import dataclass
 
 from r1kern.config import Sandbox
 from r1kern.errors import UserError
-from r1kern.rewards.code_job import Job
-from r1kern.rewards.code_tests import read_tests
 from r1kern.rewards.format import parts
-from r1kern.rewards.sandbox import Limits
+from r1kern.rewards.programs.job import Job
+from r1kern.rewards.programs.sandbox import Limits
+from r1kern.rewards.programs.tests import read_tests
 from r1kern.rewards.verdict import Verdict
 
 LANGUAGES = dict.fromkeys(("python", "python3", "py"), "python")
@@ -61,7 +62,7 @@ def run_tests(
 
     Args:
         program: its source.
-        tests: in any form of `code_tests`.
+        tests: in any form of `programs.tests`.
         timeout_s: seconds on the clock for loading the program and for each test.
         memory_mb: address space of the program, MiB.
         language: "python" or "cpp" (standard input tests only).

@@ -14,9 +14,9 @@ from typing import Literal, TypeVar
 from r1kern.config import Judge
 from r1kern.errors import UserError
 from r1kern.rewards.format import parts
-from r1kern.rewards.judge_cache import AnswerCache
-from r1kern.rewards.judge_http import JudgeError, Server, Unreachable, shown
-from r1kern.rewards.judge_prompts import (
+from r1kern.rewards.judging.cache import AnswerCache
+from r1kern.rewards.judging.http import JudgeError, Server, Unreachable, shown
+from r1kern.rewards.judging.prompts import (
     LABELS,
     Messages,
     pair_messages,
@@ -38,7 +38,7 @@ class Preference:
     Attributes:
         winner: "a" or "b" where both orders agree, else "tie"; None when the judge failed.
         labels: what the judge said with `a` in first place (A), then with `b` in first place; each
-            one of `judge_prompts.LABELS`, as said.
+            one of `judging.prompts.LABELS`, as said.
         explanations: the judge's words for each.
         failure: why there is no preference, or None.
     """

@@ -1,8 +1,7 @@
 r"""Accuracy of mathematical answers: equivalence, judged in killable processes.
 
-The answer of either text is found by `math_answer.final_answer`, brought to plain notation
-(`_math_text`), parsed (`_math_parse`) and compared by what it means (`_math_equal`, `_math_region`,
-`_math_value`); what the grammar leaves out (sums, integrals, limits) math-verify judges. Plain
+The answer of either text is found by `math_answer.final_answer` and judged by what it means
+(`equivalence`); what that grammar leaves out (sums, integrals, limits) math-verify judges. Plain
 numbers and equal texts are settled in line. The grader never hangs the loop: each judgement and
 each batch has a deadline, and what could not be judged is a failure, not a wrong answer.
 
@@ -193,7 +192,7 @@ def _judge_plain(question: _Question) -> Verdict | None:
     if not all(numbers):
         return None
     left, right = (_exact(number) for number in numbers)
-    # Whether a long decimal stands for what it rounds is for `_math_value` to say.
+    # Whether a long decimal stands for what it rounds is for `equivalence.value` to say.
     rounded = any(len(n["decimals"] or "") > 6 and not n["exponent"] for n in numbers)
     return None if rounded and left != right else Verdict(left == right)
 

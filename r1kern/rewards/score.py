@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from r1kern.config import Grading
 from r1kern.errors import UserError
 from r1kern.rewards.code import CodeGrader
-from r1kern.rewards.code_tests import read_tests
 from r1kern.rewards.format import format_reward, parts
 from r1kern.rewards.judge import JudgeClient
 from r1kern.rewards.language import consistency
 from r1kern.rewards.length import overlong, repetition
 from r1kern.rewards.math import MathGrader, shared_grader
+from r1kern.rewards.programs.tests import read_tests
 from r1kern.rewards.verdict import Verdict
 from r1kern.types import Completion, Prompt, Rollout, Score
 

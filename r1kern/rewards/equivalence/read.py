@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from r1kern.rewards._math_parse import parse
-from r1kern.rewards._math_text import number_word, split_unit, words
-from r1kern.rewards._math_tokens import Node, UnknownCommand, Unreadable
-from r1kern.rewards._math_value import variables
+from r1kern.rewards.equivalence.parse import parse
+from r1kern.rewards.equivalence.text import number_word, split_unit, words
+from r1kern.rewards.equivalence.tokens import Node, UnknownCommand, Unreadable
+from r1kern.rewards.equivalence.value import variables
 
 Unit = tuple[str, float]
 

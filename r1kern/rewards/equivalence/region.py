@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from mpmath import mp
 
-from r1kern.rewards import _math_value as values
-from r1kern.rewards._math_tokens import Node
+from r1kern.rewards.equivalence import value as values
+from r1kern.rewards.equivalence.tokens import Node
 
 # (lower end, whether it belongs, upper end, whether it belongs); rounded so that equal ends are.
 Piece = tuple[str | float, bool, str | float, bool]

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
-from r1kern.rewards import _math_value as values
-from r1kern.rewards._math_read import Reading, read, try_parse, whole
-from r1kern.rewards._math_region import Region, is_region, region
-from r1kern.rewards._math_text import choice, normalise, same_text, words
-from r1kern.rewards._math_tokens import Node
+from r1kern.rewards.equivalence import value as values
+from r1kern.rewards.equivalence.read import Reading, read, try_parse, whole
+from r1kern.rewards.equivalence.region import Region, is_region, region
+from r1kern.rewards.equivalence.text import choice, normalise, same_text, words
+from r1kern.rewards.equivalence.tokens import Node
 
 MAX_ITEMS = 64
 

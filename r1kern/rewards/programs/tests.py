@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 
 from r1kern.errors import UserError
-from r1kern.rewards import _code_wire as wire
+from r1kern.rewards.programs import _code_wire as wire
 
 NAME_KEYS = ("fn", "fn_name", "func_name", "function", "func", "entry_point")
 ARGUMENT_KEYS = ("args", "inputs", "input", "stdin")

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from mpmath import mp
 
-from r1kern.rewards._math_tokens import Node
+from r1kern.rewards.equivalence.tokens import Node
 
 DIGITS = 50
 TOLERANCE = mp.mpf(10) ** -30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from r1kern.rewards._math_tokens import (
+from r1kern.rewards.equivalence.tokens import (
     CONSTANTS,
     FUNCTIONS,
     GREEK,

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1kern.errors import UserError
-from r1kern.rewards.code_tests import Stdin
-from r1kern.rewards.sandbox import (
+from r1kern.rewards.programs.sandbox import (
     BOX,
     PYTHON,
     PYTHON_FLAGS,
@@ -26,6 +25,7 @@ from r1kern.rewards.sandbox import (
     packages,
     poll,
 )
+from r1kern.rewards.programs.tests import Stdin
 
 MAX_TIMEOUTS = 2  # tests of one program that may time out; the rest then counts as failed
 MAX_RESTARTS = 10  # after tests in which the program ended

@@ -1,0 +1,1 @@
+"""When two mathematical answers mean the same: notation, grammar, comparison by value."""

@@ -1,0 +1,1 @@
+"""Behind the judge: requests, cache, prompts and strict readings of the answers."""

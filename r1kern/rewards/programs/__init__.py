@@ -1,0 +1,1 @@
+"""Programs under test: the sandbox, what runs in it, the forms that tests come in."""
