@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1kern.errors import UserError
-from r1kern.rewards import seccomp
+from r1kern.rewards.programs import seccomp
 
 BOX = "/box"  # folder of the files given to a program
 START_S = 60.0  # a sandbox starts in 0.02 s on an idle machine
