@@ -9,11 +9,11 @@ demo: venv
 	@.venv/bin/r1kern demo
 
 test: venv tools
-	@.venv/bin/python -m pytest -q
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # Every layout and every fault, where `make test` takes a part of them.
 test-full: venv tools
-	@.venv/bin/python -m pytest -q -m "full or not full"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "full or not full"
 
 lint: venv
 	@.venv/bin/ruff check .
