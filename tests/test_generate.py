@@ -88,6 +88,12 @@ def test_groups_are_distinct_and_repeat_with_their_seed(sampled):
     assert sampled["order"] == [prompt.id for prompt in prompts()]
 
 
+def test_groups_are_told_as_they_finish(sampled):
+    assert sampled["told as they finish"]
+    early = sampled["told while others are decoded"]
+    assert len(early) == 4 and any(early[:-1]) and not early[-1]
+
+
 def test_stop_token_is_part_of_the_completion(sampled):
     finishes = {finish for _, _, finish, _ in sampled["completions"]}
     assert finishes == {"stop", "length"}

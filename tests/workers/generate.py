@@ -142,7 +142,20 @@ def sampling_scenario(root: Path) -> dict:
     )
     out["off"] = off_from_transformers(root / "a", first)
     torch.rand(5)
-    again = generator.generate(prompts(), SAMPLING, seed=3)
+    finished = []
+    again = generator.generate(
+        prompts(), SAMPLING, seed=3, done=lambda place, group: finished.append((place, group))
+    )
+    out["told as they finish"] = sorted(finished, key=lambda f: f[0]) == list(enumerate(again))
+    engine = generator._llm.llm_engine
+    unfinished = []  # groups still in work whenever one is told
+    generator.generate(
+        prompts(4)[::-1],
+        Sampling(n=4, max_tokens=32, stop_ids=tuple(range(3, 60))),
+        seed=5,
+        done=lambda place, group: unfinished.append(engine.has_unfinished_requests()),
+    )
+    out["told while others are decoded"] = unfinished
     other = generator.generate(prompts(), SAMPLING, seed=4)
     out["same seed"], out["other seed"] = first == again, first == other
     out["distinct"] = min(len({c.ids for c in rollout.completions}) for rollout in first)
