@@ -70,4 +70,6 @@ def sample_and_grade(
     rollouts = list(sampled)
     write_rollouts(out, rollouts)
     shutil.rmtree(parts)
-    return summarise(rollouts)[1]
+    if all(prompt.task == "general" for prompt in prompts):
+        return f"{len(rollouts)} problems x {samples} samples, which no rule can judge"
+    return summarise(rollouts, "pass@1")[1]

@@ -8,13 +8,16 @@ from r1kern.eval.metrics import pass_at_1
 from r1kern.types import Rollout
 
 
-def summarise(rollouts: list[Rollout]) -> tuple[dict[str, float], str]:
+def summarise(
+    rollouts: list[Rollout], name: str = "held-out pass@1"
+) -> tuple[dict[str, float], str]:
     """Metrics and a line that tells them.
 
     Samples whose grader failed count as wrong, and are counted apart.
 
     Args:
         rollouts: one graded group per problem, with the terms "accuracy" and "format".
+        name: what the line calls pass@1.
 
     Returns:
         Metrics ("eval/pass@1" in [0, 1], its 95 % interval over problems, format rate, mean
@@ -34,7 +37,7 @@ def summarise(rollouts: list[Rollout]) -> tuple[dict[str, float], str]:
         "eval/grader_failures": float(sum(s.failure is not None for _, s in samples)),
     }
     line = (
-        f"held-out pass@1 {100 * rate:.1f} % (+- {100 * half:.1f}; {len(rollouts)} problems x "
+        f"{name} {100 * rate:.1f} % (+- {100 * half:.1f}; {len(rollouts)} problems x "
         f"{len(correct[0])} samples), format {100 * metrics['eval/format']:.1f} %, "
         f"{metrics['eval/response_length']:.1f} tokens"
     )
