@@ -28,7 +28,7 @@ setup(
         "r1kern": ["py.typed", "*.pyi"],
         "r1kern.data": ["files/*"],
         "r1kern.report.page": ["*.css", "*.js"],
-        "r1kern.configs": ["*.yaml", "models/*/config.json"],
+        "r1kern.configs": ["*.yaml", "distil/*.yaml", "models/*/config.json"],
     },
     include_package_data=False,
     ext_modules=[extension],

@@ -8,11 +8,14 @@ told from one that came with something else.
 from __future__ import annotations
 
 import json
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from r1kern.errors import UserError
+
+READ_S = 5.0  # for the other ranks to read what is wrong
 
 
 class Disagreement(UserError):
@@ -52,7 +55,16 @@ def agree(what: str, value: dict, *, deadline_s: float) -> None:
     if not _came(store, [f"{key}/verdict"], 1.5 * deadline_s):
         raise Disagreement(f"{what}: rank 0 did not come within {1.5 * deadline_s:.0f} s")
     if verdict := store.get(f"{key}/verdict").decode():
+        _let_all_read(store, f"{key}/read", rank, size)
         raise Disagreement(verdict)
+
+
+def _let_all_read(store: dist.Store, key: str, rank: int, size: int) -> None:
+    """Rank 0 may hold the store: it does not leave before the others have read from it."""
+    store.add(key, 1)
+    end = time.monotonic() + READ_S
+    while rank == 0 and store.add(key, 0) < size and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _verdict(store: dist.Store, key: str, what: str, size: int, deadline_s: float) -> str:

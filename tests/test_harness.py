@@ -153,6 +153,7 @@ def test_reasoning_is_taken_off_before_the_stops_cut():
     assert _summary("<think>never closed") == ""
 
 
+@pytest.mark.full
 def test_bad_input_is_one_line_with_a_remedy(root, tmp_path):
     blocker = tmp_path / "lm_eval.py"
     blocker.write_text("raise ImportError('No module named lm_eval')\n")

@@ -70,12 +70,14 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     packed = {name for name in names if ".dist-info/" not in name and not name.endswith(".so")}
     modules = {path.relative_to(ROOT) for path in (ROOT / "r1kern").rglob("*.py")}
     data = {path.relative_to(ROOT) for path in (ROOT / "r1kern/data/files").iterdir()}
+    data |= {Path(f"r1kern/report/page/page.{kind}") for kind in ("css", "js")}
     beside = {
         "r1kern" / path.relative_to(ROOT)
         for pattern in (
             "kernels/*.py",
             "benchmarks/*.py",
             "configs/*.yaml",
+            "configs/distil/*.yaml",
             "configs/models/*/*.json",
         )
         for path in ROOT.glob(pattern)

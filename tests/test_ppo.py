@@ -296,6 +296,7 @@ def layouts(folder, model):  # noqa: F811
     return json.loads(out.read_text())
 
 
+@pytest.mark.full
 def test_updates_do_not_depend_on_the_layout(truth, layouts):
     told = ("loss", "grad_norm", "kl", "kl_penalty", "clip_fraction", "advantage/std")
     told += tuple(f"value/{n}" for n in ("loss", "grad_norm", "mean", "explained_variance"))
@@ -313,6 +314,7 @@ def test_updates_do_not_depend_on_the_layout(truth, layouts):
     assert second["value/loss"] < first["value/loss"]
 
 
+@pytest.mark.full
 def test_a_checkpoint_has_both_models_and_goes_on_bit_equal(truth, layouts):
     for found in (truth, *layouts.values()):
         assert found["again"] == found["updates"][1]
@@ -358,6 +360,7 @@ def check_metrics(records):
     assert records[-1]["value/mean"] != 0
 
 
+@pytest.mark.full
 def test_a_run(layouts, folder):
     check_metrics(read_metrics(folder / "run"))
     assert load_file(folder / "run" / "critic" / "model.safetensors")["score.weight"].any()

@@ -222,7 +222,7 @@ def test_pipeline(browser, tmp_path):
     edges = browser.evaluate(
         "[...document.querySelectorAll('.lineage .on')].map(e => e.textContent)"
     )
-    assert sorted(edges) == ["generator", "records", "teacher"]
+    assert sorted(edges) == ["generator", "records"]  # the long one has no words
     widths = browser.evaluate(
         "[...document.querySelectorAll('#tab-0 .rows:not(.points) .track div')].map("
         "e => e.clientWidth / e.parentElement.clientWidth)"

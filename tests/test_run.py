@@ -157,6 +157,7 @@ def test_kill_at_every_phase(whole, model, tmp_path):
     assert_equal_runs(tmp_path / "run", whole)
 
 
+@pytest.mark.full
 def test_ctrl_c_and_sigterm_leave_a_checkpoint_that_other_layouts_resume(model, tmp_path):
     """Three layouts in turn, each gone on from where a signal stopped the one before.
 
