@@ -78,7 +78,7 @@ class ColdStart(Section):
     collect: Collect = Collect()
     readable: Readable = Readable()
     tags: tuple[str, str] = ("<think>", "</think>")  # around the reasoning; the summary follows
-    review: Literal["none", "required"] = "none"  # post-processing by people, see `r1kern review`
+    review: Literal["none", "required"] = "none"  # people decide, see stages/review.py
     epochs: float = Field(2.0, gt=0)
     sft: Tree = {}
 
