@@ -102,6 +102,7 @@ Largest trainer/generator log-prob difference of any step: {worst:.1e}.
 Time: {seconds / 60:.1f} minutes.
 Files in {folder}:
   grpo/model             the trained model, in Hugging Face format
+  grpo/report.html       the run on one page
   grpo/metrics.jsonl     every step's metrics and seconds by phase
   grpo/rollouts/         every sampled completion with its rewards
   grpo/tensorboard/      tensorboard --logdir {folder}/grpo/tensorboard"""
