@@ -95,12 +95,16 @@ def serve(judge, asked: mmap.mmap) -> None:
 
 
 def lines():
-    """Lines of stdin; nothing is read ahead that a successor would miss."""
+    """The newest line of stdin; nothing is read ahead that a successor would miss.
+
+    One request is asked at a time, so that what lies before another is overdue: nobody waits for
+    its reply.
+    """
     pending = b""
     while chunk := os.read(0, 65536):
         pending += chunk
         if pending.endswith(b"\n"):
-            yield pending
+            yield pending.splitlines()[-1]
             pending = b""
 
 
