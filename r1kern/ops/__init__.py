@@ -8,19 +8,24 @@ naively and is the truth they are tested against.
 Every function raises `UserError` (a `ValueError`) of one line for arguments that do not fit.
 """
 
+from r1kern.ops.fp8 import QuantizedWeights, fp8_experts, fp8_linear, quantize_weights
 from r1kern.ops.head import linear_grpo_loss, linear_gspo_loss, linear_logprob
 from r1kern.ops.loss import group_advantage, grpo_loss, zero_variance
 from r1kern.ops.routing import Permutation, Routing, permute, reroute, route, unpermute
 
 __all__ = [
     "Permutation",
+    "QuantizedWeights",
     "Routing",
+    "fp8_experts",
+    "fp8_linear",
     "group_advantage",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_gspo_loss",
     "linear_logprob",
     "permute",
+    "quantize_weights",
     "reroute",
     "route",
     "unpermute",

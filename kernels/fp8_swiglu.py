@@ -1,0 +1,54 @@
+"""SwiGLU times the router's probability, and its gradient, straight to FP8: custom ops.
+
+C++ on CPU (`csrc/fp8.h`), Triton on CUDA (`fp8_swiglu_triton`).  Layouts and legend:
+`fp8_reference`.  Nothing is rounded to bfloat16 between the arithmetic, float32, and the codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1kern.kernels import fp8_reference as reference
+from r1kern.kernels.fp8_quantize import empty_codes, quantize
+
+
+@torch.library.custom_op("r1kern::fp8_swiglu", mutates_args=(), device_types="cpu")
+def swiglu_quantize(
+    h: Tensor, probs: Tensor, offsets: Tensor, power_of_two: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """silu(gate) * up * prob, quantised: what `quantize` makes of it, [R, I].
+
+    Args:
+        h: float32 or bfloat16 [R, 2I], gate and up.
+        probs: float32 [R].
+        offsets: int64 [E + 1].
+        columns: whether to write the column-wise codes and scales.
+    """
+    return quantize(reference.swiglu(h, probs), offsets, power_of_two, True, columns)
+
+
+@swiglu_quantize.register_fake
+def _(h, probs, offsets, power_of_two, columns):
+    R, I2 = h.shape
+    return empty_codes(R, I2 // 2, len(offsets) - 1, h.device, True, columns)
+
+
+@torch.library.custom_op("r1kern::fp8_swiglu_backward", mutates_args=(), device_types="cpu")
+def swiglu_backward_quantize(
+    grad: Tensor, h: Tensor, probs: Tensor, offsets: Tensor, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradient [R, I] -> that of h, quantised as [R, 2I] both ways, and that of probs, float32 [R].
+
+    Args:
+        grad: float32 or bfloat16.
+        h, probs, offsets: as in `swiglu_quantize`.
+    """
+    grad_h, grad_probs = reference.swiglu_backward(grad, h, probs)
+    return *quantize(grad_h, offsets, power_of_two, True, True), grad_probs
+
+
+@swiglu_backward_quantize.register_fake
+def _(grad, h, probs, offsets, power_of_two):
+    codes = empty_codes(*h.shape, len(offsets) - 1, h.device, True, True)
+    return *codes, torch.empty_like(probs)
