@@ -11,6 +11,8 @@ weight, I width of an expert, P rows with each expert's padded to a multiple of 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,9 +78,8 @@ def quantize_columns(
     """
     P = padded_rows(len(x), len(offsets) - 1)
     padded = x.new_zeros(P, x.shape[1], dtype=torch.float32)
-    for start, end, first in zip(
-        offsets.tolist(), offsets[1:].tolist(), padded_offsets(offsets).tolist(), strict=False
-    ):
+    bounds = zip(pairwise(offsets.tolist()), padded_offsets(offsets).tolist(), strict=False)
+    for (start, end), first in bounds:
         padded[first : first + end - start] = x[start:end].float()
     tiles = padded.unflatten(0, (-1, BLOCK))
     scales = scales_of(amax(tiles, 1), power_of_two)
@@ -167,7 +168,7 @@ def grouped_gemm(
     """
     out = torch.zeros(len(a), b.shape[1], dtype=torch.float32, device=a.device)
     rows, bounds = dequantize_rows(a, a_scales), offsets.tolist()
-    for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (start, end) in enumerate(pairwise(bounds)):
         out[start:end] = (
             rows[start:end] @ dequantize_weight(b[e], b_scales[e], n_parts, k_parts).t()
         )
@@ -184,8 +185,8 @@ def grouped_wgrad(
         b, b_scales: [K, P] and [P / 128, K].
         grads: float32 [N, K] of each expert.
     """
-    bounds = padded_offsets(offsets).tolist()
-    for grad, start, end in zip(grads, bounds, bounds[1:], strict=False):
+    bounds = pairwise(padded_offsets(offsets).tolist())
+    for grad, (start, end) in zip(grads, bounds, strict=True):
         lines, tiles = slice(start, end), slice(start // BLOCK, end // BLOCK)
         left = dequantize_columns(a[:, lines], a_scales[tiles])
         grad += left @ dequantize_columns(b[:, lines], b_scales[tiles]).t()
