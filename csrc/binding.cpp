@@ -1,7 +1,7 @@
 // Python bindings of r1kern._C: conversion only, no logic.
 //
 // Tensors come as addresses (data_ptr()) of contiguous memory with their sizes; `itemsize` is 4
-// (float32) or 8 (float64).  The callers in kernels/ have checked shapes, dtypes and devices.
+// (float32) or 8 (float64), for FP8 2 (bfloat16) or 4.  The callers in kernels/ have checked shapes, dtypes and devices.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "fp8.h"
 #include "head.h"
 #include "packing.h"
 #include "pages.h"
@@ -114,6 +115,71 @@ void unpermute_backward(Int itemsize, Address grad, Address rows, Address slots,
   });
 }
 
+// Calls `run` with a value of the type, float32 or bfloat16, that has `itemsize` bytes.
+template <typename Run>
+void with_narrow(Int itemsize, Run run) {
+  if (itemsize == 2) return run(r1kern::BFloat16());
+  if (itemsize == 4) return run(float());
+  throw py::value_error("itemsize must be 2 or 4, got " + std::to_string(itemsize));
+}
+
+r1kern::Fp8Out fp8_out(Address row_codes, Address row_scales, Int row_scale_stride,
+                       Address column_codes, Address column_scales) {
+  return {at<std::uint8_t>(row_codes), at<float>(row_scales), row_scale_stride,
+          at<std::uint8_t>(column_codes), at<float>(column_scales)};
+}
+
+void fp8_quantize(Int itemsize, Address x, Int R, Int K, Address offsets, Int E, bool power_of_two,
+                  Address row_codes, Address row_scales, Int row_scale_stride,
+                  Address column_codes, Address column_scales, int threads) {
+  const r1kern::Fp8Rows shape{R, K, E, at<const Int>(offsets), power_of_two};
+  const auto out = fp8_out(row_codes, row_scales, row_scale_stride, column_codes, column_scales);
+  with_narrow(itemsize, [&](auto real) {
+    r1kern::fp8_quantize(at<const decltype(real)>(x), shape, out, threads);
+  });
+}
+
+void fp8_swiglu(Int itemsize, Address h, Address probs, Int R, Int K, Address offsets, Int E,
+                bool power_of_two, Address row_codes, Address row_scales, Int row_scale_stride,
+                Address column_codes, Address column_scales, int threads) {
+  const r1kern::Fp8Rows shape{R, K, E, at<const Int>(offsets), power_of_two};
+  const auto out = fp8_out(row_codes, row_scales, row_scale_stride, column_codes, column_scales);
+  with_narrow(itemsize, [&](auto real) {
+    r1kern::fp8_swiglu(at<const decltype(real)>(h), at<const float>(probs), shape, out, threads);
+  });
+}
+
+void fp8_swiglu_backward(Int itemsize, Address grad, Address h, Address probs, Int R, Int K,
+                         Address offsets, Int E, bool power_of_two, Address row_codes,
+                         Address row_scales, Int row_scale_stride, Address column_codes,
+                         Address column_scales, Address grad_probs, int threads) {
+  const r1kern::Fp8Rows shape{R, K, E, at<const Int>(offsets), power_of_two};
+  const auto out = fp8_out(row_codes, row_scales, row_scale_stride, column_codes, column_scales);
+  with_narrow(itemsize, [&](auto real) {
+    using Real = decltype(real);
+    r1kern::fp8_swiglu_backward(at<const Real>(grad), at<const Real>(h), at<const float>(probs),
+                                shape, out, at<float>(grad_probs), threads);
+  });
+}
+
+void fp8_quantize_weight(Int itemsize, Address w, Int N, Int K, Int parts, bool power_of_two,
+                         Address codes, Address codes_t, Address scales, int threads) {
+  with_narrow(itemsize, [&](auto real) {
+    r1kern::fp8_quantize_weight(at<const decltype(real)>(w), N, K, parts, power_of_two,
+                                at<std::uint8_t>(codes), at<std::uint8_t>(codes_t),
+                                at<float>(scales), threads);
+  });
+}
+
+void fp8_dequantize(Address codes, Address scales, Int N, Int K, Int stride, Int height,
+                    Int row_parts, Int column_parts, Int scale_stride0, Int scale_stride1,
+                    Address out, int threads) {
+  const r1kern::Fp8Blocks blocks{N,         K,            stride,        height,
+                                 row_parts, column_parts, scale_stride0, scale_stride1};
+  r1kern::fp8_dequantize(at<const std::uint8_t>(codes), at<const float>(scales), blocks,
+                         at<float>(out), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -141,4 +207,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("permute", &permute, unlocked, "permute.h");
   m.def("unpermute", &unpermute, unlocked, "permute.h");
   m.def("unpermute_backward", &unpermute_backward, unlocked, "permute.h");
+  m.def("fp8_quantize", &fp8_quantize, unlocked, "fp8.h");
+  m.def("fp8_swiglu", &fp8_swiglu, unlocked, "fp8.h");
+  m.def("fp8_swiglu_backward", &fp8_swiglu_backward, unlocked, "fp8.h");
+  m.def("fp8_quantize_weight", &fp8_quantize_weight, unlocked, "fp8.h");
+  m.def("fp8_dequantize", &fp8_dequantize, unlocked, "fp8.h");
 }

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1kern.kernels import fp8_reference as reference
-from r1kern.kernels.fp8_quantize import empty_codes, quantize
+from r1kern import _C
+from r1kern.kernels.fp8_quantize import addresses, empty_codes
 
 
 @torch.library.custom_op("r1kern::fp8_swiglu", mutates_args=(), device_types="cpu")
@@ -25,7 +25,14 @@ def swiglu_quantize(
         offsets: int64 [E + 1].
         columns: whether to write the column-wise codes and scales.
     """
-    return quantize(reference.swiglu(h, probs), offsets, power_of_two, True, columns)
+    h, probs, offsets = h.contiguous(), probs.contiguous(), offsets.contiguous()
+    R, I, E = len(h), h.shape[1] // 2, len(offsets) - 1  # noqa: E741
+    codes = empty_codes(R, I, E, h.device, True, columns)
+    _C.fp8_swiglu(
+        *(h.itemsize, h.data_ptr(), probs.data_ptr(), R, I, offsets.data_ptr(), E, power_of_two),
+        *(*addresses(codes), torch.get_num_threads()),
+    )
+    return codes
 
 
 @swiglu_quantize.register_fake
@@ -44,11 +51,21 @@ def swiglu_backward_quantize(
         grad: float32 or bfloat16.
         h, probs, offsets: as in `swiglu_quantize`.
     """
-    grad_h, grad_probs = reference.swiglu_backward(grad, h, probs)
-    return *quantize(grad_h, offsets, power_of_two, True, True), grad_probs
+    dtype = torch.promote_types(grad.dtype, h.dtype)
+    grad, h = grad.to(dtype).contiguous(), h.to(dtype).contiguous()
+    probs, offsets, E = probs.contiguous(), offsets.contiguous(), len(offsets) - 1
+    codes = empty_codes(*h.shape, E, h.device, True, True)
+    grad_probs = torch.zeros_like(probs)
+    _C.fp8_swiglu_backward(
+        *(h.itemsize, grad.data_ptr(), h.data_ptr(), probs.data_ptr(), *h.shape),
+        *(offsets.data_ptr(), E, power_of_two, *addresses(codes), grad_probs.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return *codes, grad_probs
 
 
 @swiglu_backward_quantize.register_fake
 def _(grad, h, probs, offsets, power_of_two):
     codes = empty_codes(*h.shape, len(offsets) - 1, h.device, True, True)
-    return *codes, torch.empty_like(probs)
+    contiguous = torch.contiguous_format
+    return *codes, torch.empty_like(probs, memory_format=contiguous)

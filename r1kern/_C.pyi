@@ -6,7 +6,8 @@ def pack_even(
     lengths: NDArray[np.integer], costs: NDArray[np.floating], budget: int, bins: int
 ) -> NDArray[np.int64]: ...
 
-# Below, tensors are addresses of contiguous memory (csrc/*.h has their shapes); itemsize is 4 or 8.
+# Below, tensors are addresses of contiguous memory (csrc/*.h has their shapes); itemsize is 4 or
+# 8, of the FP8 functions 2 or 4.
 
 def logits_stats(
     itemsize: int, z: int, n: int, V: int, stride: int, columns: int, stats: int, threads: int
@@ -73,3 +74,78 @@ def unpermute_backward(
     threads: int,
 ) -> None: ...
 def prefer_huge_pages(start: int, bytes: int) -> None: ...
+def fp8_quantize(
+    itemsize: int,
+    x: int,
+    R: int,
+    K: int,
+    offsets: int,
+    E: int,
+    power_of_two: bool,
+    row_codes: int,
+    row_scales: int,
+    row_scale_stride: int,
+    column_codes: int,
+    column_scales: int,
+    threads: int,
+) -> None: ...
+def fp8_swiglu(
+    itemsize: int,
+    h: int,
+    probs: int,
+    R: int,
+    K: int,
+    offsets: int,
+    E: int,
+    power_of_two: bool,
+    row_codes: int,
+    row_scales: int,
+    row_scale_stride: int,
+    column_codes: int,
+    column_scales: int,
+    threads: int,
+) -> None: ...
+def fp8_swiglu_backward(
+    itemsize: int,
+    grad: int,
+    h: int,
+    probs: int,
+    R: int,
+    K: int,
+    offsets: int,
+    E: int,
+    power_of_two: bool,
+    row_codes: int,
+    row_scales: int,
+    row_scale_stride: int,
+    column_codes: int,
+    column_scales: int,
+    grad_probs: int,
+    threads: int,
+) -> None: ...
+def fp8_quantize_weight(
+    itemsize: int,
+    w: int,
+    N: int,
+    K: int,
+    parts: int,
+    power_of_two: bool,
+    codes: int,
+    codes_t: int,
+    scales: int,
+    threads: int,
+) -> None: ...
+def fp8_dequantize(
+    codes: int,
+    scales: int,
+    N: int,
+    K: int,
+    stride: int,
+    height: int,
+    row_parts: int,
+    column_parts: int,
+    scale_stride0: int,
+    scale_stride1: int,
+    out: int,
+    threads: int,
+) -> None: ...
