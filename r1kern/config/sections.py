@@ -38,6 +38,20 @@ class Model(Section):
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"  # auto: the best there is
     transformer_engine: bool = False  # its attention, norms and linears (CUDA)
     mtp_coef: float = Field(0.0, ge=0)  # weight of the multi-token-prediction loss; 0: kept as is
+    precision: Literal["dtype", "fp8_blockwise"] = "dtype"  # of the routed experts' products
+    fp8_linears: bool = False  # FP8 in the linears of attention, MLP and shared experts too
+    fp8_scales: Literal["float32", "power_of_two"] = "float32"  # of FP8 tiles and blocks
+
+    @model_validator(mode="after")
+    def _fp8_fits(self):
+        if self.precision == "dtype" and (self.fp8_linears or self.fp8_scales != "float32"):
+            raise ValueError("fp8_linears and fp8_scales are options of precision = fp8_blockwise")
+        if self.fp8_linears and self.transformer_engine:
+            raise ValueError(
+                "fp8_linears replaces the linears that transformer_engine replaces: set one of "
+                "them to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _transformer_engine_fits(self):
@@ -111,7 +125,7 @@ class Generator(Section):
     kv_cache_gib: float = Field(1.0, gt=0)  # per rank
     enforce_eager: bool = True  # false: CUDA graphs for decoding (the trainer has none: ragged)
     sleep: bool = True  # weights and cache leave the GPU while the trainer works (CUDA)
-    fp8: bool = False  # weights in 128 x 128 blocks of e4m3 (CUDA)
+    fp8: bool = False  # weights in 128 x 128 blocks of e4m3 (on CPU their values, emulated)
     sync_bucket_mib: Positive = 1024  # gathered weights in flight during a sync
 
 

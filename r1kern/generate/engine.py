@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,8 +66,9 @@ class Generator:
         trust_remote_code: run Python code that comes with the model.
         can_sleep: build the engine so that `sleep` frees its memory (CUDA; elsewhere `sleep` does
             nothing).
-        quantized: hold and compute with FP8 weights in blocks of 128 x 128 (CUDA), made from the
-            tensors of each `sync`.
+        quantized: hold and compute with FP8 weights in blocks of 128 x 128, made from the tensors
+            of each `sync`; on CPU hold their values in `dtype`.
+        power_of_two: of the scales of those blocks.
     Attributes:
         version: updates that the weights have received; None when there are none (before the
             first sync without `load_weights`, after `sleep`, `close` or a sync that failed).
@@ -92,7 +94,13 @@ class Generator:
         trust_remote_code: bool = False,
         can_sleep: bool = False,
         quantized: bool = False,
+        power_of_two: bool = False,
     ):
+        if quantized and device == "cpu" and load_weights:
+            raise UserError(
+                "generator.fp8 needs CUDA where no trainer sends the weights, this process runs on "
+                "cpu: set generator.fp8=false"
+            )
         if device == "cpu" and not enforce_eager:
             raise UserError(
                 "generator.enforce_eager=false captures CUDA graphs, and there is no GPU: leave it "
@@ -109,7 +117,7 @@ class Generator:
         self._device = device
         self._can_sleep = can_sleep and device == "cuda"
         self._asleep: set[str] = set()
-        self._quantized = quantized
+        self._quantized, self._power_of_two = quantized, power_of_two
         self.version = 0 if load_weights else None
         arguments = dict(
             model=str(model),
@@ -129,8 +137,7 @@ class Generator:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
-        if quantized:
-            fp8.check_device(device)
+        if quantized and device == "cuda":
             arguments["hf_overrides"] = {"quantization_config": QUANTIZATION}
         elif not load_weights:  # the folder's own weights may be FP8, those to come are not
             arguments["hf_overrides"] = {"quantization_config": None}
@@ -281,7 +288,12 @@ class Generator:
         assert self._llm is not None, "the engine is closed"
         assert "weights" not in self._asleep, "the engine sleeps"
         if self._quantized:
-            buckets, expected = map(fp8.publish, buckets), fp8.published_shapes(expected)
+            on_gpu = self._device == "cuda"
+            encode = partial(
+                fp8.publish if on_gpu else fp8.emulate, power_of_two=self._power_of_two
+            )
+            buckets = map(encode, buckets)
+            expected = fp8.published_shapes(expected) if on_gpu else expected
         try:
             (report,) = self._llm.collective_rpc(sync.receive, args=(buckets, expected, version))
         except BaseException:

@@ -1,7 +1,7 @@
 """The stream of weights for an FP8 generator: as DeepSeek-V3 is published, made anew each sync.
 
 A bucket's bf16 tensors and their codes, half the size, are alive together until vLLM has copied
-the bucket.
+the bucket.  The trainer's FP8 products use the same quantiser (`ops.quantize_weights`).
 """
 
 from __future__ import annotations
@@ -10,23 +10,17 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from r1kern.errors import UserError
-from r1kern.hf.fp8_blocks import SCALE, is_quantised, quantize, scale_shape
+from r1kern.hf.fp8_blocks import SCALE, dequantize, is_quantised, quantize, scale_shape
+
+Bucket = Iterable[tuple[str, torch.Tensor]]
 
 
-def check_device(device: str) -> None:
-    """Raises UserError where vLLM has no kernels for weights in 128 x 128 blocks."""
-    if device != "cuda":
-        raise UserError(
-            f"generator.fp8 needs CUDA, this process runs on {device}: set generator.fp8=false"
-        )
-
-
-def publish(bucket: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+def publish(bucket: Bucket, *, power_of_two: bool = False) -> list[tuple[str, torch.Tensor]]:
     """Replaces each tensor that is published in FP8 by its codes and its scales.
 
     Args:
         bucket: (name, tensor of any float dtype); a quantised one is [M, N].
+        power_of_two: scales are powers of two, as the trainer's (`model.fp8_scales`).
 
     Returns:
         The others unchanged; for a quantised one `name` float8_e4m3fn [M, N] and
@@ -37,15 +31,37 @@ def publish(bucket: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch
     """
     published = []
     for name, tensor in bucket:
-        if not is_quantised(name):
+        if is_quantised(name):
+            codes, scales = _quantized(name, tensor, power_of_two)
+            published += [(name, codes), (name + SCALE, scales)]
+        else:
             published.append((name, tensor))
-            continue
-        try:
-            codes, scales = quantize(tensor)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name}: {error}") from error
-        published += [(name, codes), (name + SCALE, scales)]
     return published
+
+
+def emulate(bucket: Bucket, *, power_of_two: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """`publish` for a generator without FP8 kernels: the values of codes and scales, multiplied.
+
+    In float32 they are the weights that the trainer's FP8 products multiply by.
+
+    Returns:
+        The names and dtypes of `bucket`.
+    """
+    sent = []
+    for name, tensor in bucket:
+        if is_quantised(name):
+            codes, scales = _quantized(name, tensor, power_of_two)
+            tensor = torch.empty_like(tensor)
+            dequantize(codes, scales, tensor)
+        sent.append((name, tensor))
+    return sent
+
+
+def _quantized(name: str, tensor: torch.Tensor, power_of_two: bool):
+    try:
+        return quantize(tensor, power_of_two=power_of_two)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{name}: {error}") from error
 
 
 def published_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

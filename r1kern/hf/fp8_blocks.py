@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 
 import torch
-import torch.nn.functional as F
+
+from r1kern.ops.fp8 import DTYPES, quantize_weights
 
 BLOCK = 128
-LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+NAN = 0x7F  # the code, but for its sign
 QUANTIZATION = {  # `quantization_config` of config.json
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -38,17 +39,20 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight: torch.Tensor, *, power_of_two: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales: scale = amax / 448 over the block, code = weight / scale rounded to e4m3.
 
-    The rule of DeepSeek-V3 (arXiv 2412.19437, section 3.3).  What it made, dequantised to float32
-    and quantised again, comes back bit for bit: 448 * fl(amax / 448) differs from amax by too
-    little to change the quotient.  Through bf16 that holds if amax was a bf16 number; else the
-    codes come back, and the scales move by bf16's rounding, once.  Scales that are no amax / 448
-    may move by one unit in the last place, once.
+    The rule of DeepSeek-V3 (arXiv 2412.19437, section 3.3), by `ops.quantize_weights`.  What it
+    made, dequantised to float32 and quantised again, comes back bit for bit: 448 * fl(amax / 448)
+    differs from amax by too little to change the quotient.  Through bf16 that holds if amax was a
+    bf16 number; else the codes come back, and the scales move by bf16's rounding, once.  Scales
+    that are no amax / 448 may move by one unit in the last place, once.
 
     Args:
         weight: [M, N], any float dtype.
+        power_of_two: round the scales up to powers of two.
 
     Returns:
         float8_e4m3fn [M, N] and float32 [ceil(M / 128), ceil(N / 128)].
@@ -56,18 +60,11 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         FloatingPointError: a weight is not finite.
     """
-    columns = weight.shape[1]
-    codes = torch.empty_like(
-        weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
-    )
-    scales = torch.empty(scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
-    for i, strip in enumerate(weight.split(BLOCK)):
-        blocks = F.pad(strip.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
-        # The smallest normal number stands in for the scale of a block of zeros.
-        scales[i] = (blocks.abs().amax((0, 2)) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-        rows = (blocks / scales[i, :, None]).flatten(1)[:, :columns]
-        codes[i * BLOCK :][: len(strip)] = rows.to(torch.float8_e4m3fn)
-    if not torch.isfinite(scales).all():
+    if weight.dtype not in DTYPES:
+        weight = weight.float()
+    made = quantize_weights([weight], power_of_two=power_of_two, transposed=False)
+    codes, scales = made.codes[0], made.scales[0]
+    if (codes.view(torch.uint8) & NAN == NAN).any() or not torch.isfinite(scales).all():
         raise FloatingPointError("a weight that is not finite cannot be quantised")
     return codes, scales
 

@@ -50,6 +50,8 @@ class QKVLinear(MegatronModule):
     Face's tensors cut by rows; together they gather sequence-parallel rows once.
     """
 
+    part = ColumnParallelLinear  # what each projection is
+
     def __init__(self, input_size, output_size, *, config, init_method, bias, tp_group, **_):
         super().__init__(config)
         queries = config.num_attention_heads * config.kv_channels
@@ -57,7 +59,7 @@ class QKVLinear(MegatronModule):
         assert output_size == queries + 2 * keys
         self.tp_group = tp_group
         self.q, self.k, self.v = (
-            ColumnParallelLinear(
+            self.part(
                 input_size,
                 size,
                 config=config,

@@ -38,9 +38,12 @@ from r1kern.model.attention import (
 )
 from r1kern.model.core_attention import CoreAttention, Packing
 from r1kern.model.dense import DenseConfig, dense_layer_spec, scale_rope
+from r1kern.model.fp8 import Precision
+from r1kern.model.fp8_layers import replaced
 from r1kern.model.moe import GroupedLinear, MoELayer, Router
 from r1kern.model.mtp import deeper, mtp_spec
 from r1kern.model.scalar_head import ScalarHead
+from r1kern.model.substitute import substitute
 
 
 class DeepSeekV3(GPTModel):
@@ -124,6 +127,7 @@ def build_model(
     max_positions: int,
     with_transformer_engine: bool = False,
     scalar_head: bool = False,
+    fp8: Precision | None = None,
 ) -> DeepSeekV3:
     """This rank's pipeline stage, initialised from torch's random state.
 
@@ -134,15 +138,17 @@ def build_model(
         with_transformer_engine: take its attention, norms and linears.
         scalar_head: end in one value a token; for a configuration without tied embeddings and
             multi-token prediction (`hf.scalar_head.with_scalar_head`).
+        fp8: compute the routed experts, and more of the layers, in blockwise FP8.
 
     Raises:
         UserError: Transformer Engine is asked for and absent.
     """
-    spec, mtp = _block_spec(config), _mtp_spec(config)
+    config.fp8_blockwise = fp8  # the FP8 layers read it
+    spec, mtp = _block_spec(config, replaced(fp8)), _mtp_spec(config, replaced(fp8))
     if with_transformer_engine:
         transformer_engine.check()
         wrappers = transformer_engine.wrappers()
-        spec, mtp = (transformer_engine.substitute(part, wrappers) for part in (spec, mtp))
+        spec, mtp = (substitute(part, wrappers) for part in (spec, mtp))
     dense = isinstance(config, DenseConfig)
     model = DeepSeekV3(
         config,
@@ -163,8 +169,10 @@ def build_model(
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _block_spec(config: MLATransformerConfig | DenseConfig) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage."""
+def _block_spec(
+    config: MLATransformerConfig | DenseConfig, classes: dict[type, type]
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, with `classes` replaced."""
     first = get_transformer_layer_offset(config)
     layers = [
         dense_layer_spec()
@@ -172,14 +180,20 @@ def _block_spec(config: MLATransformerConfig | DenseConfig) -> TransformerBlockS
         else _layer_spec(moe=bool(config.moe_layer_freq[first + i]))
         for i in range(get_num_layers_to_build(config))
     ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=substitute(layers, classes), layer_norm=RMSNorm)
 
 
-def _mtp_spec(config: MLATransformerConfig | DenseConfig) -> ModuleSpec | None:
-    """The multi-token-prediction layers, MoE layers all of them, where this stage has them."""
+def _mtp_spec(
+    config: MLATransformerConfig | DenseConfig, classes: dict[type, type]
+) -> ModuleSpec | None:
+    """The multi-token-prediction layers, MoE layers all of them, where this stage has them.
+
+    `classes` are replaced in the layers, not in the projection before them.
+    """
     if not config.mtp_num_layers or not mpu.is_pipeline_last_stage():
         return None
-    return mtp_spec(_layer_spec(moe=True), RMSNorm, config.mtp_num_layers)
+    layer = substitute(_layer_spec(moe=True), classes)
+    return mtp_spec(layer, RMSNorm, config.mtp_num_layers)
 
 
 def _layer_spec(*, moe: bool) -> ModuleSpec:

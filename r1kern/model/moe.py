@@ -148,10 +148,15 @@ class GroupedLinear(torch.nn.Module):
             weight.tensor_model_parallel = True
             self.register_parameter(f"weight{i}", weight)
 
+    @property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """[out, in] of each local expert."""
+        return [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+
     def forward(self, x, rows_per_expert):
         """x [rows, in] sorted by expert, rows_per_expert list[int] -> [rows, out], no bias."""
         runs = x.split(list(rows_per_expert))
-        outs = [F.linear(run, getattr(self, f"weight{i}")) for i, run in enumerate(runs)]
+        outs = [F.linear(run, weight) for run, weight in zip(runs, self.weights, strict=True)]
         return torch.cat(outs), None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

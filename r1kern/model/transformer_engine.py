@@ -1,13 +1,12 @@
 """Transformer Engine in place of our norms, linears and attention, through the layer specs.
 
-The specs of `model.gpt` name our classes; `substitute` names Transformer Engine's in their stead,
+The specs of `model.gpt` name our classes; `build_model` names Transformer Engine's in their stead,
 by Megatron-core's own wrappers.  Router, experts, dispatcher and head stay ours.  Every parameter
 keeps its name: the wrappers that fuse a norm into the next linear would rename it and are not used.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from importlib import metadata
 
 import torch
@@ -83,23 +82,3 @@ def wrappers() -> dict[type, type]:
     return {ours: getattr(megatron_te, name) for ours, name in WRAPPERS.items()} | {
         LatentNorm: TELatentNorm
     }
-
-
-def substitute(spec, classes: dict[type, type]):
-    """A layer spec with every class that is a key of `classes` replaced by its value.
-
-    Args:
-        spec: a class, or dataclasses and lists of specs (`ModuleSpec`, its submodules).
-    """
-    if isinstance(spec, type):
-        return classes.get(spec, spec)
-    if isinstance(spec, list | tuple):
-        return type(spec)(substitute(item, classes) for item in spec)
-    if dataclasses.is_dataclass(spec):
-        changed = {
-            field.name: substitute(getattr(spec, field.name), classes)
-            for field in dataclasses.fields(spec)
-            if field.init
-        }
-        return dataclasses.replace(spec, **changed)
-    return spec

@@ -15,10 +15,12 @@ from r1kern.errors import UserError
 from r1kern.hf.config import check_layout, check_mtp, read_hf_config
 from r1kern.hf.dense import refuse_moe_options
 from r1kern.hf.flops import attention_head_dim
+from r1kern.hf.fp8_fit import refuse_fp8
 from r1kern.hf.layout import stage_layers
 from r1kern.hf.reader import HFReader
 from r1kern.hf.scalar_head import has_scalar_head, with_scalar_head
 from r1kern.model.attention_kernel import Facts, choose_kernel
+from r1kern.model.fp8 import Precision
 from r1kern.model.gpt import DeepSeekV3, build_model
 from r1kern.model.import_hf import import_weights
 from r1kern.model.megatron_config import DTYPES, to_megatron_config
@@ -68,6 +70,7 @@ def assemble(
     source = hf = read_hf_config(model.path)
     check_layout(hf, parallel, world.size)
     refuse_moe_options(hf, model, experts)
+    refuse_fp8(hf, model, parallel, recompute=recompute, device=world.device.type)
     if scalar_head:
         if model.mtp_coef:
             raise UserError(
@@ -107,6 +110,7 @@ def assemble(
         max_positions=model.max_positions,
         with_transformer_engine=model.transformer_engine,
         scalar_head=scalar_head,
+        fp8=Precision.of(model),
     )
     if model.init == "load":
         import_weights(built, HFReader(model.path, source))

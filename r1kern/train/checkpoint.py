@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
 from r1kern.errors import UserError
+from r1kern.model import fp8
 from r1kern.train.checkpoint_writer import Snapshot, take_snapshot, write_files, write_index
 from r1kern.train.optimizer import ensure_state
 from r1kern.train.policy import Policy
@@ -253,6 +254,7 @@ def _progress(policy: Policy) -> dict:
 def _put_back(policy: Policy, loaded: dict, progress: dict) -> None:
     policy.model.load_state_dict(loaded["model"], strict=False)
     policy.optimizer.load_state_dict(loaded["optimizer"])
+    fp8.forget(policy.model)
     policy.scheduler.num_steps = 0  # its `load_state_dict` adds to it
     policy.scheduler.load_state_dict(progress["scheduler"])
     policy.version = progress["version"]

@@ -132,6 +132,7 @@ class GRPO:
             trust_remote_code=config.model.trust_remote_code,
             can_sleep=config.generator.sleep,
             quantized=config.generator.fp8,
+            power_of_two=config.model.fp8_scales == "power_of_two",
         )
         self.sync_plan = self.policy.sync_plan(config.generator.sync_bucket_mib)
         self.sampling = Sampling(

@@ -3,7 +3,7 @@
 Gradients are zeroed before every update, so their memory is only freed.  The optimizer's state
 (float32 main weights and moments) moves into page-locked host memory.  Storages are emptied and
 refilled in place: Megatron holds many views of them (`param.main_grad`, buckets, shards), and all
-stay valid.
+stay valid.  FP8 codes of the weights, if any are left, are let go of and made anew when wanted.
 
 The same code moves host memory to host memory on CPU, which is what the tests do; with CUDA it has
 not been run.
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+
+from r1kern.model import fp8
 
 
 class HostCopies:
@@ -42,6 +44,7 @@ class HostCopies:
         """
         if self.is_out:
             return 0, 0
+        fp8.forget(self._ddp)
         buffers = self._ddp.buffers + self._ddp.expert_parallel_buffers
         self._gradients = [(b.grad_data, b.grad_data.untyped_storage().nbytes()) for b in buffers]
         self._state = list(self._storages())

@@ -20,7 +20,7 @@ from r1kern.hf.names import hf_shapes, hf_splits, shared_name
 from r1kern.hf.reader import HFReader
 from r1kern.hf.scalar_head import describe_scalar_head
 from r1kern.hf.writer import write_model_folder
-from r1kern.model import balance
+from r1kern.model import balance, fp8
 from r1kern.model.carry import export_whole
 from r1kern.model.export import Named, export_buckets, export_weights
 from r1kern.model.local import local_tensors
@@ -139,6 +139,7 @@ class Policy:
             current = tensor.cpu().clone()
             tensor.copy_(kept)
             kept.copy_(current)
+        fp8.forget(self.model)
 
     # -- update -----------------------------------------------------------------------------
 
@@ -157,7 +158,8 @@ class Policy:
         batch was cut.  Metrics are summed likewise, those named `max_*` are maxima.  The losses of
         multi-token prediction (mean over completion tokens) and expert balance (mean over
         sequences) of the packed batch are added by the options `model.mtp_coef` and
-        `experts.balance_coef`; "loss" includes the former.
+        `experts.balance_coef`; "loss" includes the former.  A model in FP8 adds
+        `fp8.finish_counting`'s metrics.
 
         Args:
             choices: experts recorded in a pass over the same batches (`replay.recording`); adds
@@ -174,6 +176,7 @@ class Policy:
 
         tokens, sequences = self._count(batches)
         balance.start_update(self.model, self.experts.balance_coef / sequences)
+        fp8.start_counting(self.model)
 
         def step(batch, hidden):
             value, metrics = loss(self._head(hidden, batch, temperature), batch)
@@ -194,6 +197,7 @@ class Policy:
         if agreed is not None:
             metrics["router_agreement"] = agreed
         _, grad_norm, _ = self.optimizer.step()
+        fp8.forget(self.model)
         if not torch.isfinite(torch.as_tensor(grad_norm)):
             raise FloatingPointError(
                 f"the gradient of update {self.version + 1} is {grad_norm}; the weights are "
@@ -202,7 +206,8 @@ class Policy:
         load = balance.finish_update(self.model, self.experts.bias_update_rate)
         self.scheduler.step(1)
         self.version += 1
-        return metrics | load | {"grad_norm": float(grad_norm)}
+        lost = fp8.finish_counting(self.model)
+        return metrics | load | lost | {"grad_norm": float(grad_norm)}
 
     def _count(self, batches: list[PackedBatch]) -> tuple[int, int]:
         """Completion tokens and sequences of the global batch, each at least 1."""

@@ -39,7 +39,7 @@ class RewardModels:
         models: folders made by `r1kern reward`, or another model of one label whose `config.json`
             says how it reads: `"r1kern_reading": {"template": ...}`.
         world: the policy's.
-        like: the policy's options, of which dtype, longest sequence and kernels are taken.
+        like: the policy's options, of which dtype, longest sequence and kernels are taken, not FP8.
         parallel: the policy's, of which the sizes are taken.
         tokens_per_microbatch: packed rows of one micro-batch.
         offload: the weights are in host memory but for the time of scoring (CUDA).
@@ -128,8 +128,10 @@ class _Scorer:
         self.reading = read_reading(options)
         self.tokenizer = load_tokenizer(options.path, trust_remote_code=like.trust_remote_code)
         dense = is_dense(read_hf_config(options.path))
+        own = {"path": options.path, "init": "load", "mtp_coef": 0.0}
+        exact = {"precision": "dtype", "fp8_linears": False, "fp8_scales": "float32"}
         built = assemble(
-            like.model_copy(update={"path": options.path, "init": "load", "mtp_coef": 0.0}),
+            like.model_copy(update=own | exact),
             Parallel(tp=parallel.tp, pp=parallel.pp, ep=1 if dense else parallel.ep),
             world,
             scalar_head=True,
