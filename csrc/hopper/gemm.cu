@@ -5,7 +5,7 @@
 // Legend: E experts, R rows, N columns, K contracted, kb blocks of 128 of K.
 #include <cuda_bf16.h>
 
-#include "launch.h"
+#include "launch.cuh"
 #include "pipeline.cuh"
 
 namespace r1kern::hopper {
@@ -160,10 +160,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 }  // namespace
 
 void grouped_gemm(const Gemm& x) {
-  if (x.R == 0) return;
   const Launch launch(x.device, x.stream);
-  const CUtensorMap a = bytes_map(x.a, {x.K, x.R, 1}, {x.a_stride, 0}, ROWS);
-  const CUtensorMap b = bytes_map(x.b, {x.K, x.N, x.E}, {x.b_row_stride, x.b_expert_stride}, COLUMNS);
+  const CUtensorMap a = bytes_map(x.a, {x.K, x.R}, ROWS);
+  const CUtensorMap b = bytes_map(x.b, {x.K, x.N, x.E}, COLUMNS);
   const CUtensorMap a_scales = floats_map(x.a_scales, x.R, x.K / DEPTH, x.a_scales_stride, ROWS);
   const Args args{reinterpret_cast<const std::int64_t*>(x.offsets),
                   reinterpret_cast<const float*>(x.b_scales),
@@ -178,5 +177,7 @@ void grouped_gemm(const Gemm& x) {
       x.out_is_float ? grouped_gemm_kernel<float> : grouped_gemm_kernel<__nv_bfloat16>;
   launch(kernel, sizeof(GemmShared), THREADS, a, a_scales, b, args);
 }
+
+std::size_t grouped_gemm_shared_memory() { return sizeof(GemmShared); }
 
 }  // namespace r1kern::hopper

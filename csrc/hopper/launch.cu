@@ -1,5 +1,5 @@
 // Tensor maps, made by the driver's own function, which is looked up when the first one is needed.
-#include "launch.h"
+#include "launch.cuh"
 
 #include <string>
 
@@ -10,6 +10,8 @@ void check(cudaError_t error, const char* what) {
   throw CudaError(std::string("CUDA, ") + what + ": " + cudaGetErrorString(error) + " (" +
                   cudaGetErrorName(error) + ")");
 }
+
+int cuda_version() { return CUDART_VERSION; }
 
 namespace {
 
@@ -48,15 +50,16 @@ CUtensorMap encode(CUtensorMapDataType type, int rank, Address address, const cu
 
 }  // namespace
 
-CUtensorMap bytes_map(Address address, std::array<Int, 3> sizes, std::array<Int, 2> strides,
-                      int rows) {
-  const cuuint64_t extents[] = {static_cast<cuuint64_t>(sizes[0]),
-                                static_cast<cuuint64_t>(sizes[1]),
-                                static_cast<cuuint64_t>(sizes[2])};
-  const cuuint64_t bytes[] = {static_cast<cuuint64_t>(strides[0]),
-                              static_cast<cuuint64_t>(strides[1])};
+CUtensorMap bytes_map(Address address, std::initializer_list<Int> sizes, int rows) {
+  cuuint64_t extents[3], strides[3];
+  cuuint64_t bytes = 1;
+  int rank = 0;
+  for (const Int size : sizes) {
+    extents[rank] = static_cast<cuuint64_t>(size);
+    strides[rank++] = bytes *= static_cast<cuuint64_t>(size);
+  }
   const cuuint32_t box[] = {DEPTH, static_cast<cuuint32_t>(rows), 1};
-  return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, strides[1] ? 3 : 2, address, extents, bytes, box,
+  return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, address, extents, strides, box,
                 CU_TENSOR_MAP_SWIZZLE_128B);
 }
 

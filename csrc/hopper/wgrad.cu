@@ -5,7 +5,7 @@
 //
 // Legend: E experts, N out, K in, P rows of the padded layout in which an expert starts at a
 // multiple of 128, pb blocks of 128 of P.
-#include "launch.h"
+#include "launch.cuh"
 #include "pipeline.cuh"
 
 namespace r1kern::hopper {
@@ -121,10 +121,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 }  // namespace
 
 void grouped_wgrad(const Wgrad& x) {
-  if (x.P == 0) return;
   const Launch launch(x.device, x.stream);
-  const CUtensorMap a = bytes_map(x.a_t, {x.P, x.N, 1}, {x.P, 0}, ROWS);
-  const CUtensorMap b = bytes_map(x.b_t, {x.P, x.K, 1}, {x.P, 0}, COLUMNS);
+  const CUtensorMap a = bytes_map(x.a_t, {x.P, x.N}, ROWS);
+  const CUtensorMap b = bytes_map(x.b_t, {x.P, x.K}, COLUMNS);
   const CUtensorMap a_scales = floats_map(x.a_scales, x.N, x.P / DEPTH, x.N, ROWS);
   const CUtensorMap b_scales = floats_map(x.b_scales, x.K, x.P / DEPTH, x.K, COLUMNS);
   const Args args{reinterpret_cast<const std::int64_t*>(x.offsets),
@@ -132,5 +131,7 @@ void grouped_wgrad(const Wgrad& x) {
                   static_cast<int>(x.N), static_cast<int>(x.K)};
   launch(grouped_wgrad_kernel, sizeof(WgradShared), THREADS, a, a_scales, b, b_scales, args);
 }
+
+std::size_t grouped_wgrad_shared_memory() { return sizeof(WgradShared); }
 
 }  // namespace r1kern::hopper
