@@ -96,7 +96,8 @@ def outstanding() -> str:
 
 def fingerprint() -> dict[str, str]:
     """Digests of what `.venv` is made from; a virtual environment does not survive being moved."""
-    sources = [ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "csrc").iterdir())]
+    csrc = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    sources = [ROOT / "pyproject.toml", ROOT / "setup.py", *csrc]
     interpreter = f"{VENV} {sys.base_prefix} {platform.python_version()}"
     return {
         "packages": digest(interpreter.encode(), json.dumps(pins()).encode()),

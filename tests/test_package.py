@@ -82,7 +82,7 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
         )
         for path in ROOT.glob(pattern)
     }
-    typing = {"r1kern/py.typed", "r1kern/_C.pyi"}
+    typing = {"r1kern/py.typed", "r1kern/_C.pyi", "r1kern/_hopper.pyi"}
     assert packed == {str(path) for path in modules | data | beside} | typing
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
