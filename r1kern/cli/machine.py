@@ -12,14 +12,18 @@ from r1kern.cli.application import app
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
+    folder: Annotated[
+        Path | None, typer.Option(help="run folder; default: runs/demo, or runs/demo_fp8")
+    ] = None,
     seed: int = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="forget an earlier demo")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="train in blockwise FP8")] = False,
 ) -> None:
     """Train a tiny DeepSeek-V3 to do sums: cold start, GRPO, held-out pass@1 before and after."""
     from r1kern.demo import run_demo
 
-    raise typer.Exit(run_demo(folder, seed=seed, fresh=fresh))
+    folder = folder or Path("runs/demo_fp8" if fp8 else "runs/demo")
+    raise typer.Exit(run_demo(folder, seed=seed, fresh=fresh, fp8=fp8))
 
 
 @app.command()
