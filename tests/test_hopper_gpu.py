@@ -14,6 +14,8 @@ if not hopper.available(torch.device("cuda" if torch.cuda.is_available() else "c
     pytest.skip("needs r1kern._hopper and a GPU of capability 9.0", allow_module_level=True)
 
 NAN = 0x7F  # the code of e4m3 that is no number
+# The tensor cores keep about 14 bits of the larger of 32 products; float32 all the rest.
+BOUND = 2**-9
 GROUPS = {
     "ragged": [5, 0, 131, 128, 1, 300, 0],
     "one row each": [1, 1, 1, 1],
@@ -103,16 +105,14 @@ def test_the_gemm_is_near_float64(sizes, N, K):
     operands, truth = gemm_case(sizes, N, K, exact=False)
     if not len(truth):
         return
-    # The tensor core keeps about 14 bits of a sum; each is of 128 products only.
-    assert rms(run_gemm(operands, truth, F32) - truth) <= 2**-11 * rms(truth)
+    assert rms(run_gemm(operands, truth, F32) - truth) <= BOUND * rms(truth)
     assert_as_good([run_gemm(operands, truth, BF16)], [truth.to(BF16)], [truth])
 
 
-def test_without_the_promotion_the_bound_would_fail():
-    """The bound above can fail: one wrong scale in a block is far outside."""
+def test_a_wrong_scale_of_one_block_is_beyond_the_bound():
     operands, truth = gemm_case([200], 256, 640, exact=False)
     operands["b_scales"][0, 1, 3] *= 1.1
-    assert rms(run_gemm(operands, truth, F32) - truth) > 2**-11 * rms(truth)
+    assert rms(run_gemm(operands, truth, F32) - truth) > BOUND * rms(truth)
 
 
 def test_the_gemm_takes_the_scales_of_the_transposed_weight():
@@ -205,7 +205,7 @@ def test_the_wgrad_is_near_float64(sizes, N, K):
     got = run_wgrad(operands, before)
     for e, size in enumerate(sizes):
         if size:
-            assert rms(got[e] - truth[e]) <= 2**-11 * rms(truth[e] - before[e])
+            assert rms(got[e] - truth[e]) <= BOUND * rms(truth[e] - before[e])
         else:
             assert torch.equal(got[e], before[e])
 
@@ -220,7 +220,7 @@ def test_large_wgrads_are_exact_every_time():
 
 def test_a_captured_wgrad_follows_the_sizes_on_the_device():
     first, before, _ = wgrad_case([100, 300, 0], 256, 128, exact=True)
-    second, _, truth = wgrad_case([0, 17, 400], 256, 128, exact=True)
+    second, _, truth = wgrad_case([0, 17, 383], 256, 128, exact=True)
     grads = before.clone()
     step = grads.stride(0) * 4
     table = torch.tensor([grads.data_ptr() + e * step for e in range(3)]).cuda()

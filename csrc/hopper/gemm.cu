@@ -28,6 +28,7 @@ __device__ __forceinline__ void produce(GemmShared& shared, const CUtensorMap* a
                                         const Args& args) {
   const int columns = (args.N + COLUMNS - 1) / COLUMNS;
   const int tiles = shared.groups.blocks[args.E] * columns;
+  for (const CUtensorMap* map : {a, a_scales, b}) ptx::prefetch(map);
   Slot slot;
   int expert = 0;
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
