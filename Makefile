@@ -39,5 +39,5 @@ venv:
 	exit 1
 
 clean:
-	rm -rf .venv build dist r1kern.egg-info r1kern/_C.*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist r1kern.egg-info r1kern/_C.*.so r1kern/_hopper.*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

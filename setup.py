@@ -56,11 +56,15 @@ class Build(build_ext):
         super().finalize_options()
         self.nvcc = find_nvcc()
         if self.nvcc is None:
+            self.extensions = [x for x in self.extensions if x.name != hopper.name]
+
+    def run(self):
+        if self.nvcc is None:
             print(
                 "r1kern._hopper (FP8 on Hopper GPUs) is left out: no nvcc of CUDA "
                 f"{CUDA[0]}.{CUDA[1]} or newer in CUDA_HOME or on PATH"
             )
-            self.extensions = [x for x in self.extensions if x.name != hopper.name]
+        super().run()
 
     def build_extension(self, ext):
         if ext.name != hopper.name:

@@ -27,7 +27,7 @@ SHARED_MEMORY = 227 << 10
 """Bytes a block can have on Hopper."""
 
 KERNELS = {
-    "grouped_gemm bf16": r"grouped_gemm_kernelI13__nv_bfloat16E",
+    "grouped_gemm bf16": r"grouped_gemm_kernelI\w*4Bf16E",
     "grouped_gemm float32": r"grouped_gemm_kernelIfE",
     "grouped_wgrad": r"grouped_wgrad_kernel",
 }

@@ -77,8 +77,9 @@ def grouped_gemm(
         )
     _limits(E, R, (R // BLOCK + E) * -(-N // COLUMNS))
     _on_one_device(a=a, b=b, a_scales=a_scales, b_scales=b_scales, offsets=offsets, out=out)
-    _kernels(a.device).grouped_gemm(
-        **_where(a.device),
+    _launch(
+        "grouped_gemm",
+        a.device,
         a=a.data_ptr(),
         a_scales=a_scales.data_ptr(),
         b=b.data_ptr(),
@@ -140,8 +141,9 @@ def grouped_wgrad(
     _aligned(**operands)
     _limits(E, P, E * (N // BLOCK) * -(-K // COLUMNS))
     _on_one_device(**operands, offsets=offsets, grad_table=grad_table)
-    _kernels(a_t.device).grouped_wgrad(
-        **_where(a_t.device),
+    _launch(
+        "grouped_wgrad",
+        a_t.device,
         a_t=a_t.data_ptr(),
         a_scales=a_scales.data_ptr(),
         b_t=b_t.data_ptr(),
@@ -155,18 +157,15 @@ def grouped_wgrad(
     )
 
 
-def _kernels(device: torch.device):
+def _launch(name: str, device: torch.device, **arguments: int) -> None:
     if not available(device):
         raise UserError(
             f"the Hopper kernels do not run on {device}: they need a GPU of capability 9.0 and a "
             "build with nvcc of CUDA 12.8 or newer (pip install -e . with CUDA_HOME set)"
         )
-    return _hopper
-
-
-def _where(device: torch.device) -> dict[str, int]:
     stream = torch.cuda.current_stream(device)
-    return dict(device=stream.device_index, stream=stream.cuda_stream)
+    with torch.cuda.device(device):
+        getattr(_hopper, name)(device=stream.device_index, stream=stream.cuda_stream, **arguments)
 
 
 def _rank(name: str, x: Tensor, rank: int) -> torch.Size:

@@ -3,13 +3,15 @@
 // tensor core sums 128 products, then each sum is scaled and added in float32 registers.
 //
 // Legend: E experts, R rows, N columns, K contracted, kb blocks of 128 of K.
-#include <cuda_bf16.h>
-
 #include "launch.cuh"
 #include "pipeline.cuh"
 
 namespace r1kern::hopper {
 namespace {
+
+struct Bf16 {
+  std::uint16_t bits;
+};
 
 using GemmShared = Shared<ROWS, 0>;
 
@@ -26,6 +28,7 @@ __device__ __forceinline__ void produce(GemmShared& shared, const CUtensorMap* a
                                         const Args& args) {
   const int columns = (args.N + COLUMNS - 1) / COLUMNS;
   const int tiles = shared.groups.blocks[args.E] * columns;
+  for (const CUtensorMap* map : {a, a_scales, b}) ptx::prefetch(map);
   Slot slot;
   int expert = 0;
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
@@ -68,7 +71,7 @@ __device__ __forceinline__ void transpose(std::uint32_t (&word)[4]) {
 }
 
 // 128 columns of one row: the quad holds them by pairs, and writes 64 bytes at a time.
-__device__ __forceinline__ void store(__nv_bfloat16* out, const float (&sum)[64], int lower,
+__device__ __forceinline__ void store(Bf16* out, const float (&sum)[64], int lower,
                                       bool inside) {
 #pragma unroll
   for (int j = 0; j < 16; j += 4) {
@@ -76,8 +79,7 @@ __device__ __forceinline__ void store(__nv_bfloat16* out, const float (&sum)[64]
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int d = 4 * (j + q) + 2 * lower;
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[d], sum[d + 1]);
-      word[q] = reinterpret_cast<const std::uint32_t&>(pair);
+      word[q] = ptx::bf16_pair(sum[d], sum[d + 1]);
     }
     transpose(word);
     auto* to = reinterpret_cast<uint4*>(out + 8 * j) + threadIdx.x % 4;
@@ -174,7 +176,7 @@ void grouped_gemm(const Gemm& x) {
                   static_cast<int>(x.N),
                   static_cast<int>(x.K / DEPTH)};
   const auto kernel =
-      x.out_is_float ? grouped_gemm_kernel<float> : grouped_gemm_kernel<__nv_bfloat16>;
+      x.out_is_float ? grouped_gemm_kernel<float> : grouped_gemm_kernel<Bf16>;
   launch(kernel, sizeof(GemmShared), THREADS, a, a_scales, b, args);
 }
 

@@ -116,7 +116,7 @@ struct Lane {
   int group, row, column;  // the warpgroup's 64 rows; row in the tile; column in 8
   __device__ __forceinline__ Lane() {
     const int thread = threadIdx.x - WARPGROUP;
-    group = thread / WARPGROUP;
+    group = __shfl_sync(~0u, thread / WARPGROUP, 0);  // tells the compiler that it is uniform
     row = thread / 32 * 16 + thread % 32 / 4;
     column = thread % 4 * 2;
   }

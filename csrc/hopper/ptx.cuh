@@ -140,6 +140,13 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+// Rounded to nearest, `x` at the lower address.
+__device__ __forceinline__ std::uint32_t bf16_pair(float x, float y) {
+  std::uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
+}
+
 // Adds two neighbours in global memory (8-byte aligned) without waiting for what was there.
 __device__ __forceinline__ void add(float* to, float x, float y) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y)

@@ -31,6 +31,7 @@ __device__ __forceinline__ void produce(WgradShared& shared, const CUtensorMap* 
                                         const CUtensorMap* a_scales, const CUtensorMap* b,
                                         const CUtensorMap* b_scales, const Args& args) {
   const Tiles tiles(args);
+  for (const CUtensorMap* map : {a, a_scales, b, b_scales}) ptx::prefetch(map);
   Slot slot;
   for (int i = blockIdx.x; i < tiles.count; i += gridDim.x) {
     const Tile tile = even_tile(i, tiles.rows, tiles.columns);
