@@ -64,8 +64,8 @@ def run(world, model: str, micro_batches: int, **options) -> dict[str, float]:
     )
     first, second = halves()
     mine = [(first, second)[world.dp_rank]] if world.dp > 1 else [first, second]
-    if micro_batches == 1:
-        mine = [sum(mine, [])]
+    if micro_batches == 1 and world.dp == 1:
+        mine = [first + second]
     batches = [
         pack(part, budget=4000, dp=1, dp_rank=0, multiple=world.tp, hf=policy.hf)[0]
         for part in mine
