@@ -36,9 +36,7 @@ def refuse_fp8(
     if is_dense(hf) and not model.fp8_linears:
         lines.append(f"{hf.model_type} has no experts (set model.fp8_linears=true)")
     if "moe_act" in recompute and not is_dense(hf):
-        lines.append(
-            "FP8 experts keep no activation that train.recompute's moe_act could leave out"
-        )
+        lines.append("FP8 experts keep no activation to leave out: take moe_act out of recompute")
     if device == "cuda":
         lines += _ragged(hf, model, parallel.tp)
     if lines:
