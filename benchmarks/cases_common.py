@@ -63,6 +63,7 @@ class Case:
         slack: ... and besides, in units of the truth; None: 8 last places.
         forgiven: how far a rival's results may be from the truth.
         precision: "fp8" where the products' limit is that of FP8.
+        published: label of a shape -> what others published for it, not measured here.
     """
 
     outputs: tuple[str, ...]
@@ -81,6 +82,7 @@ class Case:
     slack: float | None = None
     forgiven: float = 0.05
     precision: str = ""
+    published: dict[str, str] = field(default_factory=dict)
 
 
 def run(forward: Forward, shape: Shape, inputs: Inputs, gradients: bool) -> Tensors:

@@ -2,7 +2,7 @@
 
 The products of DeepSeek-V3's experts, by name: "fc1" [R, H] x [2I, H], "fc2" [R, I] x [H, I],
 "dgrad1" and "dgrad2" the gradients of their inputs, by the transposed weights.  All operands are
-quantised beforehand.  The cases "(triton)" and "(CUDA C++)" call one implementation directly.
+quantised beforehand.  The cases "_triton" and "_hopper" (CUDA C++) call one implementation directly.
 
 Shape legend: as in `cases_fp8`; M, N, K of a dense product.
 """
@@ -24,6 +24,7 @@ from r1kern.benchmarks.cases_common import (
     Inputs,
     Shape,
     Tensors,
+    label,
     plainly,
 )
 from r1kern.benchmarks.cases_fp8 import (
@@ -39,7 +40,7 @@ from r1kern.benchmarks.harness import Work
 from r1kern.kernels import fp8_gemm
 from r1kern.kernels import fp8_reference as reference
 
-TABLES = "r1kern.kernels.fp8_gemm_"  # the modules of the implementations
+IMPLEMENTATION = "r1kern.kernels.fp8_gemm_"  # and its name: the module of the launchers
 
 
 def sizes(shape: Shape) -> tuple[list[int], int, int]:
@@ -113,7 +114,7 @@ def gemm_of(implementation: str) -> Forward:
     def forward(shape: Shape, tensors: Tensors) -> Tensors:
         *operands, _, _ = tensors
         out = tensors[0].new_empty(len(tensors[0]), sizes(shape)[1], dtype=DTYPES[shape["dtype"]])
-        importlib.import_module(TABLES + implementation).grouped_gemm(*operands, out)
+        importlib.import_module(IMPLEMENTATION + implementation).grouped_gemm(*operands, out)
         return (out,)
 
     return forward
@@ -148,6 +149,10 @@ GROUPED = [
     _grouped(16384, 16, "balanced", "fc1"),
     _grouped(32768, 32, "balanced", "fc1"),
 ]
+# DeepGEMM's best TFLOP/s by its authors, on an H800.
+PUBLISHED = {label(DENSE[0]): 1550, label(GROUPED[0]): 1381, label(GROUPED[1]): 1262}
+PUBLISHED_WGRAD = "900 to 1092"
+
 GROUPED_EDGES = {
     kind: [
         one | dict(H=hidden, I=width, product=product, dtype=dtype)
@@ -182,6 +187,7 @@ GEMM = Case(
     slack=1e-3,  # Hopper sums e4m3 products with some 14 bits (arXiv 2412.19437, section 3.3.2)
     work=_gemm_work,
     precision="fp8",
+    published={shape: f"{rate} TFLOP/s" for shape, rate in PUBLISHED.items()},
     baselines={
         "torch": plainly(wide_gemm),
         "torch scaled_mm 1x128": fp8_rivals.scaled_mm_blocks,
@@ -270,7 +276,7 @@ def wide_wgrad(shape: Shape, tensors: Tensors) -> Tensors:
 def wgrad_of(implementation: str) -> Forward:
     def forward(shape: Shape, tensors: Tensors) -> Tensors:
         *operands, grads, _, _ = tensors
-        module = importlib.import_module(TABLES + implementation)
+        module = importlib.import_module(IMPLEMENTATION + implementation)
         E, N, K = grads.shape
         table = grads.data_ptr() + torch.arange(E, device=grads.device) * (4 * N * K)
         module.grouped_wgrad(*operands, table, N, K)
@@ -307,6 +313,7 @@ WGRAD = replace(
     ours=our_wgrad,
     reference=plain_wgrad,
     work=_wgrad_work,
+    published={label(shape): f"{PUBLISHED_WGRAD} TFLOP/s" for shape in WGRADS[:2]},
     baselines={
         "torch": plainly(wide_wgrad),
         "torch grouped_mm": fp8_rivals.grouped_mm_wgrad,

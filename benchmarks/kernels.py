@@ -68,11 +68,11 @@ CASES: dict[str, Case] = {
     "fp8_swiglu_backward": cases_fp8.SWIGLU_BACKWARD,
     "fp8_gemm": cases_fp8_gemm.GEMM,
     "fp8_grouped_gemm": cases_fp8_gemm.GROUPED_GEMM,
-    "fp8_gemm (triton)": cases_fp8_gemm.GEMM_TRITON,
-    "fp8_gemm (CUDA C++)": cases_fp8_gemm.GEMM_HOPPER,
+    "fp8_gemm_triton": cases_fp8_gemm.GEMM_TRITON,
+    "fp8_gemm_hopper": cases_fp8_gemm.GEMM_HOPPER,
     "fp8_wgrad": cases_fp8_gemm.WGRAD,
-    "fp8_wgrad (triton)": cases_fp8_gemm.WGRAD_TRITON,
-    "fp8_wgrad (CUDA C++)": cases_fp8_gemm.WGRAD_HOPPER,
+    "fp8_wgrad_triton": cases_fp8_gemm.WGRAD_TRITON,
+    "fp8_wgrad_hopper": cases_fp8_gemm.WGRAD_HOPPER,
     "fp8_experts": cases_fp8_experts.EXPERTS,
 }
 RESULTS = Path("benchmarks/results")
@@ -236,6 +236,7 @@ class Meter:
         _release(device)
         row = figures(name, "ours", case.ours, shape, device)
         row |= self.against_limits(row["us"][1], case.work(shape), case.precision)
+        row["published"] = case.published.get(label(shape), "")
         row["baselines"] = {rival: beside(name, rival, shape, device) for rival in case.baselines}
         return row
 
