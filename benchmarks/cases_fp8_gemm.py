@@ -2,7 +2,7 @@
 
 The products of DeepSeek-V3's experts, by name: "fc1" [R, H] x [2I, H], "fc2" [R, I] x [H, I],
 "dgrad1" and "dgrad2" the gradients of their inputs, by the transposed weights.  All operands are
-quantised beforehand.  The cases "_triton" and "_hopper" (CUDA C++) call one implementation directly.
+quantised beforehand.  The cases "_triton" and "_hopper" (CUDA C++) call one implementation.
 
 Shape legend: as in `cases_fp8`; M, N, K of a dense product.
 """

@@ -6,8 +6,7 @@
 # sources gave is tested, checked and measured again.  Exit code 0: all done; 3: time ran out, call
 # it again; anything else: a failure.  Needs torch, triton, pytest, pybind11, a compiler and, for the
 # kernels in CUDA C++, nvcc; neither Megatron nor vLLM.  CASES names some cases ("fp8_experts
-# fp8_wgrad").  With OUT set, the results are written
-# there as well.
+# fp8_wgrad").  With OUT set, the results are written there as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=benchmarks/results
