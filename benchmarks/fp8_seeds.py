@@ -1,7 +1,8 @@
 """Does blockwise FP8 train as well?  The demo's cold start and GRPO over seeds, with and without.
 
-For every seed the same model and data are trained twice, in `--dtype` and with
-`model.precision=fp8_blockwise model.fp8_linears=true`.  Writes `results/fp8_seeds.json`, `.md` and,
+For every seed the same model and data are trained in `--dtype` ("baseline"), with
+`model.precision=fp8_blockwise model.fp8_linears=true` ("fp8") and, on demand, with the generator's
+weights in FP8 besides ("fp8_generator").  Writes `results/fp8_seeds.json`, `.md` and,
 where matplotlib is there, `.svg` after every run; a run that is done is only read, one that was
 stopped goes on from its last checkpoint.
 
@@ -34,6 +35,7 @@ PRECISIONS = {
     "baseline": [],
     "fp8": ["model.precision=fp8_blockwise", "model.fp8_linears=true"],
 }
+PRECISIONS["fp8_generator"] = [*PRECISIONS["fp8"], "generator.fp8=true"]
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1, 2, ... degrees
 COMPARED = {
     "sft_loss": "cold start: loss, mean of the last tenth",
@@ -46,12 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/fp8_seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--precisions", nargs="+", choices=[*PRECISIONS], default=["baseline", "fp8"]
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder to write to")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--sft-steps", type=int, default=400)
     parser.add_argument("--grpo-steps", type=int, default=40)
     parser.add_argument("--processes", type=int, default=min(2, len(os.sched_getaffinity(0))))
     args = parser.parse_args()
-    todo = [(seed, name) for seed in args.seeds for name in PRECISIONS]
+    todo = [(seed, name) for seed in args.seeds for name in args.precisions]
     left = [(seed, name) for seed, name in todo if not is_done(args.folder / f"s{seed}", name)]
     print(f"{len(left)} of {len(todo)} runs to do{guess(args, len(left))}", flush=True)
     rows, spent = [], []
@@ -65,7 +71,7 @@ def main() -> None:
             print(f"{name} of seed {seed}: {spent[-1] / 60:.1f} min; {remaining / 60:.0f} left")
         rows.append({"seed": seed, "precision": name, **read_run(folder / name)})
         write(args, rows)
-    print((HERE / "results" / "fp8_seeds.md").read_text())
+    print((args.out / "fp8_seeds.md").read_text())
 
 
 def is_done(folder: Path, name: str) -> bool:
@@ -89,16 +95,18 @@ def run(args: argparse.Namespace, folder: Path, seed: int, name: str) -> None:
     if not (folder / "cold_start.jsonl").is_file():
         write_inputs(folder, seed)
     own, common = folder / name, [f"run.seed={seed}", f"model.dtype={args.dtype}"]
-    common += PRECISIONS[name]
+    # An SFT run has no generator.
+    trained = [option for option in PRECISIONS[name] if option.startswith("model.")]
     sft = [
         *(f"model.path={folder / 'base'}", f"data.train={folder / 'cold_start.jsonl'}"),
-        *(f"run.folder={own / 'sft'}", f"train.steps={args.sft_steps}", *common),
+        *(f"run.folder={own / 'sft'}", f"train.steps={args.sft_steps}"),
+        *(*common, *trained),
     ]
     grpo = [
         *(f"model.path={own / 'sft' / 'model'}", f"run.folder={own / 'grpo'}"),
-        # The generator's products are those of the GPU's kernels or of dequantised weights: the
-        # mismatch is reported here, not limited.
-        *(f"train.steps={args.grpo_steps}", "train.mismatch_limit=0", *common),
+        # FP8 in the trainer alone moves its log-probs from the generator's: reported, not limited.
+        *(f"train.steps={args.grpo_steps}", "train.mismatch_limit=0"),
+        *(*common, *PRECISIONS[name]),
     ]
     stages = (("sft", "demo_sft.yaml", sft), ("train", "demo.yaml", grpo))
     for command, config, options in stages:
@@ -136,13 +144,14 @@ def last_tenth(values: list[float]) -> float:
     return statistics.mean(values[-max(1, len(values) // 10) :])
 
 
-def compare(rows: list[dict], figure: str) -> dict | None:
-    """The mean of FP8 less the baseline over the seeds that have both, and whether it is noise."""
+def compare(rows: list[dict], name: str, figure: str) -> dict | None:
+    """The mean of one precision less the baseline over the seeds that have both, and whether it is
+    noise."""
     by_run = {(row["seed"], row["precision"]): row for row in rows}
     pairs = [
         (by_run[seed, "baseline"], row)
-        for (seed, name), row in by_run.items()
-        if name == "fp8" and (seed, "baseline") in by_run
+        for (seed, precision), row in by_run.items()
+        if precision == name and (seed, "baseline") in by_run
     ]
     if len(pairs) < 2:
         return None
@@ -152,6 +161,7 @@ def compare(rows: list[dict], figure: str) -> dict | None:
     errors = [row.get(f"{figure} error", 0.0) for pair in pairs for row in pair]
     evaluation = 1.96 * math.sqrt(sum(error**2 for error in errors)) / n
     return {
+        "precision": name,
         "figure": figure,
         "seeds": n,
         "difference": mean,
@@ -162,8 +172,12 @@ def compare(rows: list[dict], figure: str) -> dict | None:
 
 
 def write(args: argparse.Namespace, rows: list[dict]) -> None:
-    results = HERE / "results"
-    compared = [found for figure in COMPARED if (found := compare(rows, figure))]
+    compared = [
+        found
+        for name in args.precisions
+        for figure in COMPARED
+        if name != "baseline" and (found := compare(rows, name, figure))
+    ]
     report = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores",
@@ -173,10 +187,10 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
         "compared": compared,
         "rows": rows,
     }
-    results.mkdir(exist_ok=True)
-    (results / "fp8_seeds.json").write_text(json.dumps(report, indent=1) + "\n")
-    (results / "fp8_seeds.md").write_text(markdown(report))
-    draw(rows, results / "fp8_seeds.svg")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "fp8_seeds.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "fp8_seeds.md").write_text(markdown(report))
+    draw(rows, args.out / "fp8_seeds.svg")
 
 
 def markdown(report: dict) -> str:
@@ -196,13 +210,13 @@ def markdown(report: dict) -> str:
             f"{r['pass@1 before']:.1%} | {r['pass@1']:.1%} ({r['pass@1 error']:.1%}) | "
             f"{r['median_mismatch']:.1e} / {r['max_mismatch']:.1e} | {r['step_s']:.2f} |"
         )
-    lines += ["", "| FP8 less baseline | difference | 95 %, paired | 95 %, evaluation | noise |"]
+    lines += ["", "| less the baseline | difference | 95 %, paired | 95 %, evaluation | noise |"]
     lines += ["|---|---|---|---|---|"]
     for c in report["compared"]:
         verdict = "within" if c["within_noise"] else "OUTSIDE"
         lines.append(
-            f"| {COMPARED[c['figure']]} ({c['seeds']} seeds) | {c['difference']:+.4f} | "
-            f"+- {c['paired_half_interval']:.4f} | +- {c['evaluation_half_interval']:.4f} | "
+            f"| {c['precision']}: {COMPARED[c['figure']]} ({c['seeds']} seeds) | "
+            f"{c['difference']:+.4f} | +- {c['paired_half_interval']:.4f} | +- {c['evaluation_half_interval']:.4f} | "
             f"{verdict} |"
         )
     return "\n".join(lines) + "\n"
@@ -218,7 +232,7 @@ def draw(rows: list[dict], target: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, curve in zip(figure.subplots(1, 2), ("sft_curve", "reward_curve"), strict=True):
         for row in rows:
-            style = "--" if row["precision"] == "fp8" else "-"
+            style = {"baseline": "-", "fp8": "--"}.get(row["precision"], ":")
             name = f"{row['precision']}, seed {row['seed']}"
             axes.plot(smooth(row[curve]), style, color=f"C{row['seed']}", label=name)
         axes.set(xlabel="step", ylabel=curve.replace("_curve", "").replace("sft", "SFT loss"))
