@@ -216,8 +216,8 @@ def markdown(report: dict) -> str:
         verdict = "within" if c["within_noise"] else "OUTSIDE"
         lines.append(
             f"| {c['precision']}: {COMPARED[c['figure']]} ({c['seeds']} seeds) | "
-            f"{c['difference']:+.4f} | +- {c['paired_half_interval']:.4f} | +- {c['evaluation_half_interval']:.4f} | "
-            f"{verdict} |"
+            f"{c['difference']:+.4f} | +- {c['paired_half_interval']:.4f} | "
+            f"+- {c['evaluation_half_interval']:.4f} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
 
