@@ -111,11 +111,11 @@ def check(case: Case, shape: Shape, device: torch.device) -> str | None:
     ops that add to one.
     """
 
-    def results(forward: Forward) -> Tensors:
-        inputs = case.inputs(shape, device, 0)
+    def results(forward: Forward, inputs: Inputs) -> Tensors:
         return case.compared(shape, inputs.tensors, run(forward, shape, inputs, True))
 
-    got, again, plain = results(case.ours), results(case.ours), results(case.reference)
+    inputs = [case.inputs(shape, device, 0) for _ in range(3)]
+    got, again, plain = map(results, (case.ours, case.ours, case.reference), inputs)
     truth = true_results(case, shape, device, True)
     for name, x, second, p, t in zip(case.outputs, got, again, plain, truth, strict=True):
         if x.shape != t.shape:
