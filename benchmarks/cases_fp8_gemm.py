@@ -114,7 +114,8 @@ def gemm_of(implementation: str) -> Forward:
     def forward(shape: Shape, tensors: Tensors) -> Tensors:
         *operands, _, _ = tensors
         out = tensors[0].new_empty(len(tensors[0]), sizes(shape)[1], dtype=DTYPES[shape["dtype"]])
-        importlib.import_module(IMPLEMENTATION + implementation).grouped_gemm(*operands, out)
+        if out.numel():
+            importlib.import_module(IMPLEMENTATION + implementation).grouped_gemm(*operands, out)
         return (out,)
 
     return forward
@@ -184,7 +185,7 @@ GEMM = Case(
     inputs=gemm_inputs,
     ours=our_gemm,
     reference=plain_gemm,
-    slack=1e-3,  # Hopper sums e4m3 products with some 14 bits (arXiv 2412.19437, section 3.3.2)
+    slack=2**-9,  # Hopper sums e4m3 products with some 14 bits (arXiv 2412.19437, section 3.3.2)
     work=_gemm_work,
     precision="fp8",
     published={shape: f"{rate} TFLOP/s" for shape, rate in PUBLISHED.items()},
