@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Shape = dict[str, int | float | str]
 Tensors = tuple[Tensor, ...]
 Forward = Callable[[Shape, Tensors], Tensors]
+
+
+class Prepared(NamedTuple):
+    """A rival in layouts of its own: what is made of the case's tensors beforehand is not timed.
+
+    Attributes:
+        bind: (shape, tensors) -> the run that is timed.
+        restore: (shape, tensors, its results) -> results as the op returns them.
+    """
+
+    bind: Callable[[Shape, Tensors], Callable[[], Tensors]]
+    restore: Callable[[Shape, Tensors, Tensors], Tensors] = lambda shape, tensors, results: results
 
 
 class Inputs(NamedTuple):
@@ -43,6 +56,14 @@ class Case:
         baselines: name -> maker of a forward, called with the kind of device.  It raises
             ImportError where it does not install; its forward may return fewer results.
         trains: timed with the backward.
+        compared: what is compared of the results of the op, of its reference and of its rivals,
+            where that is not the results themselves.
+        exact: the truth in float64, compared as it is, where the reference in float64 is none.
+        margin: the error allowed, in errors of the reference in the op's own dtype ...
+        slack: ... and besides, in units of the truth; None: 8 last places.
+        forgiven: how far a rival's results may be from the truth.
+        precision: "fp8" where the products' limit is that of FP8.
+        published: label of a shape -> what others published for it, not measured here.
     """
 
     outputs: tuple[str, ...]
@@ -53,8 +74,15 @@ class Case:
     ours: Forward
     reference: Forward
     work: Callable[[Shape], Work]
-    baselines: dict[str, Callable[[str], Forward]] = field(default_factory=dict)
+    baselines: dict[str, Callable[[str], Forward | Prepared]] = field(default_factory=dict)
     trains: bool = False
+    compared: Callable[[Shape, Tensors, Tensors], Tensors] = lambda shape, inputs, results: results
+    exact: Forward | None = None
+    margin: float = 3
+    slack: float | None = None
+    forgiven: float = 0.05
+    precision: str = ""
+    published: dict[str, str] = field(default_factory=dict)
 
 
 def run(forward: Forward, shape: Shape, inputs: Inputs, gradients: bool) -> Tensors:
@@ -78,13 +106,17 @@ def check(case: Case, shape: Shape, device: torch.device) -> str | None:
     """What is wrong with the op at this shape, or None.
 
     Forward and gradients against the float64 truth: the error (root mean square) is at most 3 times
-    that of plain torch in the op's dtype, give or take 8 last places; integers are equal; a second
-    run gives the same bits.
+    that of plain torch in the op's dtype, give or take 8 last places (or what the case allows);
+    integers are equal; a second run gives the same bits.  Each run has inputs of its own: there are
+    ops that add to one.
     """
-    inputs = case.inputs(shape, device, 0)
-    got, again = (run(case.ours, shape, inputs, True) for _ in range(2))
-    plain = run(case.reference, shape, inputs, True)
-    truth = run(case.reference, shape, in_float64(inputs), True)
+
+    def results(forward: Forward, inputs: Inputs) -> Tensors:
+        return case.compared(shape, inputs.tensors, run(forward, shape, inputs, True))
+
+    inputs = [case.inputs(shape, device, 0) for _ in range(3)]
+    got, again, plain = map(results, (case.ours, case.ours, case.reference), inputs)
+    truth = true_results(case, shape, device, True)
     for name, x, second, p, t in zip(case.outputs, got, again, plain, truth, strict=True):
         if x.shape != t.shape:
             return f"{name}: shape {list(x.shape)}, not {list(t.shape)}"
@@ -95,29 +127,52 @@ def check(case: Case, shape: Shape, device: torch.device) -> str | None:
                 return f"{name}: {int((x != t).sum())} of {x.numel()} differ"
         elif x.numel():
             error = rms(x - t)
-            allowed = 3 * rms(p - t) + 8 * torch.finfo(x.dtype).eps * rms(t)
+            slack = 8 * torch.finfo(x.dtype).eps if case.slack is None else case.slack
+            allowed = case.margin * rms(p - t) + slack * rms(t)
             if not error <= allowed:
                 return f"{name}: error {error:.2e}, allowed {allowed:.2e}"
     return None
 
 
-def differs(case: Case, forward: Forward, shape: Shape, device: torch.device) -> str | None:
-    """Why a baseline does not compute the same thing, or None: 5 per cent is forgiven.
+def differs(
+    case: Case, forward: Forward | Prepared, shape: Shape, device: torch.device
+) -> str | None:
+    """Why a baseline does not compute the same thing, or None.
 
     Of the forward's results it may give the first ones only, of the gradients it gives all.
     """
+    truth = true_results(case, shape, device, case.trains)
     inputs = case.inputs(shape, device, 0)
-    truth = run(case.reference, shape, in_float64(inputs), case.trains)
-    got = run(forward, shape, inputs, case.trains)
+    got = ready(case, forward, shape, inputs)()
+    if isinstance(forward, Prepared):
+        got = forward.restore(shape, inputs.tensors, got)
+    got = case.compared(shape, inputs.tensors, got)
     grads = sum(x.requires_grad for x in inputs.tensors) if case.trains else 0
     given = len(got) - grads
     kept = [*range(given), *range(len(truth) - grads, len(truth))]
     for i, x in zip(kept, got, strict=True):
         name, t = case.outputs[i], truth[i]
-        error = rms(x - t) / rms(t).clamp(min=1e-30)
-        if x.is_floating_point() and not error <= 0.05:
-            return f"computes something else: {name} is {error:.0%} away"
+        if x.is_floating_point() and x.numel():
+            error = rms(x - t) / rms(t).clamp(min=1e-30)
+            if not error <= case.forgiven:
+                return f"computes something else: {name} is {error:.0%} away"
     return None
+
+
+def true_results(case: Case, shape: Shape, device: torch.device, gradients: bool) -> Tensors:
+    """What is to come out, in float64."""
+    inputs = in_float64(case.inputs(shape, device, 0))
+    results = run(case.exact or case.reference, shape, inputs, gradients)
+    return results if case.exact else case.compared(shape, inputs.tensors, results)
+
+
+def ready(
+    case: Case, forward: Forward | Prepared, shape: Shape, inputs: Inputs
+) -> Callable[[], Tensors]:
+    """What is timed of a forward."""
+    if isinstance(forward, Prepared):
+        return forward.bind(shape, inputs.tensors)
+    return functools.partial(run, forward, shape, inputs, case.trains)
 
 
 def in_float64(inputs: Inputs) -> Inputs:

@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,11 @@ import torch
 
 from r1kern.errors import UserError
 
-# Dense bf16 FLOP/s and bytes/s by datasheet (SXM).
+# Dense bf16 FLOP/s and bytes/s by datasheet (SXM), and FLOP/s in FP8.
 DATASHEET = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+DATASHEET_FP8 = 1979e12
+
+VERSIONS = ("torch", "triton", "liger-kernel", "megatron-core", "transformer-engine", "deep-gemm")
 
 # Overwriting this much takes a GPU some 0.3 ms: far more than any L2 cache holds, and long enough
 # for the host to launch the next run meanwhile, so that launch overhead is not timed.
@@ -161,21 +165,31 @@ def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
 
-def measure_limits(device: torch.device) -> Limits:
-    """The limits of this device, seen now: a large square product (bf16 on CUDA, fp32 on a CPU)
-    and a large copy, by their fastest fifth."""
+def measure_limits(device: torch.device, precision: str = "") -> Limits:
+    """The limits of this device, seen now: a large square product and a large copy, by their
+    fastest fifth.
+
+    The product is in bf16 on CUDA, with `precision` "fp8" in FP8 with one scale a tensor; in fp32
+    on a CPU, where FP8 is emulated.
+    """
     cuda = device.type == "cuda"
     n, dtype, size = (8192, torch.bfloat16, 4 << 30) if cuda else (2048, torch.float32, 256 << 20)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = measure(torch.mm, [(a, b)], device, budget_s=1.0)
+    multiply, operands = torch.mm, (a, b)
+    if cuda and precision == "fp8":
+        scale = torch.ones((), device=device)
+        multiply = partial(torch._scaled_mm, scale_a=scale, scale_b=scale, out_dtype=dtype)
+        operands = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    product = measure(multiply, [operands], device, budget_s=1.0)
     source = torch.ones(size // 4, device=device)
     copy = measure(torch.empty_like(source).copy_, [(source,)], device, budget_s=1.0)
     return Limits(2 * n**3 / (product.p20 * 1e-6), 2 * size / (copy.p20 * 1e-6))
 
 
-def datasheet_limits(name: str) -> Limits | None:
+def datasheet_limits(name: str, precision: str = "") -> Limits | None:
     """Limits by datasheet of the GPU of this name, where we know them."""
-    return next((Limits(*peak) for chip, peak in DATASHEET.items() if chip in name), None)
+    known = next((Limits(*peak) for chip, peak in DATASHEET.items() if chip in name), None)
+    return known._replace(flops=DATASHEET_FP8) if known and precision == "fp8" else known
 
 
 def percent_of_limit(us: float, work: Work, limits: Limits) -> float:
@@ -192,7 +206,7 @@ def bound(work: Work, limits: Limits) -> str:
 def describe(device: torch.device) -> dict[str, object]:
     """What a row must name to be read later: device, driver, versions, date."""
     cuda = device.type == "cuda"
-    versions = {n: _version(n) for n in ("torch", "triton", "liger-kernel", "megatron-core")}
+    versions = {n: _version(n) for n in VERSIONS}
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "driver": _driver() if cuda else None,

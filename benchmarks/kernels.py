@@ -13,6 +13,7 @@ named as absent where they are not.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -21,15 +22,32 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from r1kern import ops
-from r1kern.benchmarks import cases_head, cases_moe, harness, table
-from r1kern.benchmarks.cases_common import Case, Forward, Inputs, Shape, differs, label, run
+from r1kern.benchmarks import (
+    cases_fp8,
+    cases_fp8_experts,
+    cases_fp8_gemm,
+    cases_head,
+    cases_moe,
+    harness,
+    table,
+)
+from r1kern.benchmarks.cases_common import (
+    Case,
+    Forward,
+    Prepared,
+    Shape,
+    Tensors,
+    differs,
+    label,
+    ready,
+)
 from r1kern.benchmarks.cases_common import check as check_case
 from r1kern.errors import UserError
 from r1kern.kernels import reference
@@ -44,6 +62,18 @@ CASES: dict[str, Case] = {
     "permute": cases_moe.PERMUTE,
     "unpermute": cases_moe.UNPERMUTE,
     "route+permute": cases_moe.ROUTE_PERMUTE,
+    "fp8_quantize": cases_fp8.QUANTIZE,
+    "fp8_quantize_weights": cases_fp8.QUANTIZE_WEIGHTS,
+    "fp8_swiglu": cases_fp8.SWIGLU,
+    "fp8_swiglu_backward": cases_fp8.SWIGLU_BACKWARD,
+    "fp8_gemm": cases_fp8_gemm.GEMM,
+    "fp8_grouped_gemm": cases_fp8_gemm.GROUPED_GEMM,
+    "fp8_gemm_triton": cases_fp8_gemm.GEMM_TRITON,
+    "fp8_gemm_hopper": cases_fp8_gemm.GEMM_HOPPER,
+    "fp8_wgrad": cases_fp8_gemm.WGRAD,
+    "fp8_wgrad_triton": cases_fp8_gemm.WGRAD_TRITON,
+    "fp8_wgrad_hopper": cases_fp8_gemm.WGRAD_HOPPER,
+    "fp8_experts": cases_fp8_experts.EXPERTS,
 }
 RESULTS = Path("benchmarks/results")
 
@@ -191,12 +221,11 @@ def check_row(name: str, shape: Shape, device: torch.device) -> dict:
 
 
 class Meter:
-    """Measures rows; knows the limits of the device, measured once at the start."""
+    """Measures rows; knows the limits of the device, each measured when first asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self.limits = harness.measure_limits(device)
-        cuda = device.type == "cuda"
-        self.datasheet = harness.datasheet_limits(torch.cuda.get_device_name()) if cuda else None
+        self.device = device
+        self.limits = functools.cache(partial(harness.measure_limits, device))
 
     def __call__(self, name: str, shape: Shape, device: torch.device) -> dict:
         """One row: times, rate, per cent of the limits, peak memory, and each baseline's."""
@@ -206,59 +235,73 @@ class Meter:
             return {"failed": fault}
         _release(device)
         row = figures(name, "ours", case.ours, shape, device)
-        us = row["us"][1]
-        row |= self.against_limits(us, case.work(shape))
+        row |= self.against_limits(row["us"][1], case.work(shape), case.precision)
+        row["published"] = case.published.get(label(shape), "")
         row["baselines"] = {rival: beside(name, rival, shape, device) for rival in case.baselines}
         return row
 
-    def against_limits(self, us: float, work: harness.Work) -> dict:
-        by = harness.bound(work, self.datasheet or self.limits)
+    def against_limits(self, us: float, work: harness.Work, precision: str) -> dict:
+        measured, datasheet = self.limits(precision), None
+        if self.device.type == "cuda":
+            datasheet = harness.datasheet_limits(torch.cuda.get_device_name(), precision)
+        by = harness.bound(work, datasheet or measured)
         rate = work.flops / 1e12 if by == "flops" else work.bytes / 1e9
         row = {
             "gflop": work.flops / 1e9,
             "mbyte": work.bytes / 1e6,
             "bound": by,
+            "precision": precision,
             "rate": rate / (us * 1e-6),
             "unit": "TFLOP/s" if by == "flops" else "GB/s",
         }
-        for kind, limits in (("measured", self.limits), ("datasheet", self.datasheet)):
+        for kind, limits in (("measured", measured), ("datasheet", datasheet)):
             if limits:
                 row[f"percent_of_{kind}"] = harness.percent_of_limit(us, work, limits)
                 row[f"{kind}_limits"] = limits._asdict()
         return row
 
 
-def figures(name: str, which: str, forward: Forward, shape: Shape, device: torch.device) -> dict:
+def figures(
+    name: str, which: str, forward: Forward | Prepared, shape: Shape, device: torch.device
+) -> dict:
     """Time and peak memory of one forward of a case: `which` is "ours" or a baseline's name."""
     case = CASES[name]
-    sets = input_sets(case, shape, device)
-    once = partial(run_case, case, forward, shape)
-    timing = harness.measure(once, sets, device)
+    sets = ready_runs(case, forward, shape, device)
+    timing = harness.measure(_call, sets, device)
+    ((once,), *_) = sets
     if device.type == "cuda":
-        peak = harness.peak_memory(lambda: once(*sets[0]), device)
+        peak = harness.peak_memory(once, device)
     else:
         peak = peak_in_fresh_process(name, which, shape)
     return {
         "us": [round(us, 2) for us in timing],
         "peak_mib": round(peak / 2**20, 1),
-        "results_mib": round(sum(x.nbytes for x in once(*sets[0])) / 2**20, 1),
+        "results_mib": round(sum(x.nbytes for x in once()) / 2**20, 1),
     }
 
 
-def run_case(case: Case, forward: Forward, shape: Shape, inputs: Inputs) -> tuple:
-    return run(forward, shape, inputs, case.trains)
-
-
-def input_sets(case: Case, shape: Shape, device: torch.device) -> list[tuple[Inputs]]:
-    """Several sets of inputs to take in turn, unless one is far larger than any cache."""
+def ready_runs(
+    case: Case, forward: Forward | Prepared, shape: Shape, device: torch.device
+) -> list[tuple[Callable[[], Tensors]]]:
+    """One run on each of several sets of inputs to take in turn; only one set where it is far
+    larger than any cache."""
     count = 4 if case.work(shape).bytes < 256 << 20 else 1
-    return [(case.inputs(shape, device, seed),) for seed in range(count)]
+    inputs = (case.inputs(shape, device, seed) for seed in range(count))
+    return [(ready(case, forward, shape, one),) for one in inputs]
 
 
-def times_ours(case: Case, forward: Forward, shape: Shape, device: torch.device) -> float:
+def _call(run: Callable[[], Tensors]) -> Tensors:
+    return run()
+
+
+def times_ours(
+    case: Case, forward: Forward | Prepared, shape: Shape, device: torch.device
+) -> float:
     """A baseline's time over ours, both measured in turn."""
-    both = [partial(run_case, case, f, shape) for f in (case.ours, forward)]
-    ours, rival = harness.measure_in_turn(both, input_sets(case, shape, device), device)
+    both = [ready_runs(case, f, shape, device) for f in (case.ours, forward)]
+    sets = [(ours, rival) for (ours,), (rival,) in zip(*both, strict=True)]
+    turns = [lambda ours, rival: ours(), lambda ours, rival: rival()]
+    ours, rival = harness.measure_in_turn(turns, sets, device)
     return rival.p50 / ours.p50
 
 
@@ -283,7 +326,7 @@ def beside(name: str, rival: str, shape: Shape, device: torch.device) -> dict:
     return row | {"times_ours": round(ratio, 3)}
 
 
-def forward_of(case: Case, which: str, kind: str) -> Forward:
+def forward_of(case: Case, which: str, kind: str) -> Forward | Prepared:
     return case.ours if which == "ours" else case.baselines[which](kind)
 
 
@@ -308,9 +351,9 @@ def peak_here(name: str, which: str, shape: str) -> int:
     case, full, device = CASES[name], json.loads(shape), torch.device("cpu")
     forward = forward_of(case, which, "cpu")
     small = case.shrink(full)
-    run(forward, small, case.inputs(small, device, 0), case.trains)
-    inputs = case.inputs(full, device, 0)
-    return harness.peak_memory(lambda: run(forward, full, inputs, case.trains), device)
+    ready(case, forward, small, case.inputs(small, device, 0))()
+    once = ready(case, forward, full, case.inputs(full, device, 0))
+    return harness.peak_memory(once, device)
 
 
 def source_hash() -> str:

@@ -48,7 +48,7 @@ def draw(source: Path, folder: Path) -> Path:
         raise UserError(f"no measured row in {source}: every check failed")
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _products(left, [row for row in rows if row["bound"] == "flops"], rows[-1])
+    _products(left, rows)
     _transfers(right, [row for row in rows if row["bound"] == "bytes"])
     figure.suptitle(f"{rows[-1]['device']}, {rows[-1]['date']}")
     target = folder / f"{source.stem.replace('kernels', 'roofline')}.svg"
@@ -56,14 +56,18 @@ def draw(source: Path, folder: Path) -> Path:
     return target
 
 
-def _products(axes, rows: list[dict], sample: dict) -> None:
-    for kind, style in (("measured_limits", "-"), ("datasheet_limits", "--")):
-        if kind in sample:
-            peak, bandwidth = sample[kind]["flops"], sample[kind]["bytes"]
-            ridge = peak / bandwidth
-            x = [ridge / 100, ridge, ridge * 1000]
-            y = [bandwidth * i / 1e12 for i in x[:2]] + [peak / 1e12]
-            axes.plot(x, y, style, color="black", label=kind.replace("_", " "))
+def _products(axes, rows: list[dict]) -> None:
+    for precision, sample in {row.get("precision", ""): row for row in rows}.items():
+        for kind, style in (("measured_limits", "-"), ("datasheet_limits", "--")):
+            if kind in sample:
+                peak, bandwidth = sample[kind]["flops"], sample[kind]["bytes"]
+                ridge = peak / bandwidth
+                x = [ridge / 100, ridge, ridge * 1000]
+                y = [bandwidth * i / 1e12 for i in x[:2]] + [peak / 1e12]
+                name = f"{kind.replace('_', ' ')} {precision}".strip()
+                color = "tab:blue" if precision else "black"
+                axes.plot(x, y, style, color=color, label=name)
+    rows = [row for row in rows if row["bound"] == "flops"]
     for case in dict.fromkeys(row["case"] for row in rows):
         own = [row for row in rows if row["case"] == case]
         intensity = [1e3 * row["gflop"] / row["mbyte"] for row in own]

@@ -43,6 +43,7 @@ def test_per_cent_of_the_limit_is_of_the_one_that_takes_longer():
 def test_datasheet():
     assert harness.datasheet_limits("NVIDIA H200") == (989e12, 4.8e12)
     assert harness.datasheet_limits("NVIDIA H100 80GB HBM3") == (989e12, 3.35e12)
+    assert harness.datasheet_limits("NVIDIA H200", "fp8") == (1979e12, 4.8e12)
     assert harness.datasheet_limits("NVIDIA L40S") is None
 
 
@@ -183,7 +184,7 @@ def test_a_drifting_machine_does_not_show_in_ratios():
     assert apart[1] / apart[0] > 1.6
 
 
-@pytest.mark.parametrize("name", kernels.CASES)
+@pytest.mark.parametrize("name", [n for n, case in kernels.CASES.items() if case.shapes["cpu"]])
 def test_every_case_passes_at_a_small_shape(name):
     case = kernels.CASES[name]
     shape = case.shrink(case.shapes["cpu"][0])
@@ -198,7 +199,7 @@ def test_every_case_passes_at_a_small_shape(name):
 @pytest.fixture
 def suite(monkeypatch, tmp_path):
     """Runs `kernels.main` on toy cases; returns (exit code, rows of the file, its table)."""
-    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
+    monkeypatch.setattr(harness, "measure_limits", lambda device, precision: LIMITS)
     monkeypatch.setattr(kernels, "peak_in_fresh_process", lambda *which: 3 << 20)
     monkeypatch.setattr(kernels, "CASES", {"toy": toy(), "other": toy()})
     options = ["--device", "cpu", "--out", str(tmp_path)]
@@ -331,7 +332,7 @@ def test_the_roofline_says_what_it_needs(tmp_path, capsys, monkeypatch):
 
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >> calls
-case "$*" in *--check*) exit "$(cat code)";; *kernels*) echo [] > results/kernels_x.json;; esac
+case "$*" in *--check*) exit "$(cat code)";; *s.kernels*) echo [] > results/kernels_x.json;; esac
 """
 
 
@@ -351,8 +352,32 @@ def test_the_gpu_script_checks_then_measures(tmp_path, code, measures):
         text=True,
     )
     assert (done.returncode, done.stderr) == (code, "")
-    build, *suite = Path(tmp_path / "calls").read_text().splitlines()
+    build, sources, *calls = Path(tmp_path / "calls").read_text().splitlines()
     assert build == "setup.py --quiet build_ext --inplace"
+    assert "source_hash()" in sources
+    suite = [call for call in calls if "benchmarks.kernels" in call]
     assert ["--check" in call for call in suite] == [True, False][: 1 + measures]
     assert all("--resume --seconds" in call for call in suite)
+    judged = [f"-m r1kern.benchmarks.targets --out {tmp_path}/out"]
+    assert calls[len(suite) :] == judged[:measures]
     assert (tmp_path / "benchmarks" / "results" / "kernels_x.json").exists() == measures
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_gpu_script_runs_each_passed_test_once(tmp_path, passes):
+    for folder in ("benchmarks", "tests"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "benchmarks" / "gpu.sh", tmp_path / "benchmarks")
+    (tmp_path / "tests" / "test_x_gpu.py").touch()
+    (tmp_path / "tests" / "test_y.py").touch()
+    python = tmp_path / "python"
+    word = "true" if passes else "false"
+    python.write_text(f'#!/bin/sh\necho "$@" >> calls\ncase "$*" in *pytest*) {word};; esac\n')
+    python.chmod(0o755)
+    command, options = ["bash", "benchmarks/gpu.sh"], environment() | {"PYTHON": str(python)}
+    for _ in range(2):
+        assert subprocess.run(command, cwd=tmp_path, env=options).returncode == (not passes)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    tested = [call for call in calls if "pytest" in call]
+    assert tested == ["-m pytest -q -m full or not full tests/test_x_gpu.py"] * (2 - passes)
+    assert sum("--check" in call for call in calls) == 2  # what fails, hinders no measurement
