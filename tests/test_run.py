@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from launch import ROOT, TESTS, command, environment, torchrun
+from launch import ROOT, TESTS, command, environment, genuine_torchrun, torchrun
 from safetensors.torch import load_file
 from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,9 +60,9 @@ def arguments(model, folder, *more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """An uninterrupted run with a KL term and two updates a batch."""
+    """An uninterrupted run with a KL term and two updates a batch, in fresh interpreters."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    torchrun(2, WORKER, "-", *arguments(model, folder, *OPTIONS))
+    genuine_torchrun(2, WORKER, "-", *arguments(model, folder, *OPTIONS))
     return folder
 
 
