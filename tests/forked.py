@@ -26,6 +26,12 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["preload"])
 
 
+def ensure_running(environment: Mapping[str, str]) -> None:
+    """Of the process that multiprocessing's start method "forkserver" forks."""
+    with patch.dict(os.environ, environment, clear=True):
+        multiprocessing.forkserver.ensure_running()
+
+
 class Forked:
     """`python ARGUMENTS`, of which the first is `-m`, `-c` or a script, in a session of its own."""
 
@@ -35,8 +41,7 @@ class Forked:
         environment: Mapping[str, str],
         cwd: Path | None = None,
     ):
-        with patch.dict(os.environ, environment, clear=True):
-            multiprocessing.forkserver.ensure_running()
+        ensure_running(environment)
         self._output = tempfile.TemporaryDirectory()
         started = (arguments, dict(environment), str(cwd or Path.cwd()), self._output.name)
         self._process = _server.Process(target=_begin, args=started)
