@@ -73,6 +73,7 @@ STREAMS = ("stdout", "stderr")
 
 def _begin(arguments: list[str], environment: dict[str, str], cwd: str, output: str) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for number, name in enumerate(STREAMS, 1):
         file = os.open(Path(output, name), os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)

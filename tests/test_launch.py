@@ -15,8 +15,10 @@ TOLD = """
 import atexit, json, os, signal, sys, threading
 before = [name for name in ("torch", "megatron.core", "vllm", "r1kern") if name in sys.modules]
 import numpy, random, torch
-names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "PYTHONPATH")
-own = {name: os.environ.get(name) for name in names}
+names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR"
+names += " OMP_NUM_THREADS PYTHONPATH TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS"
+names += " TORCHELASTIC_USE_AGENT_STORE TORCHDYNAMO_DISABLE"
+own = {name: os.environ.get(name) for name in names.split()}
 handlers = [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ)]
 told = {
     "own": own,
@@ -85,8 +87,9 @@ def test_the_first_failure_ends_all_and_is_shown(script, tmp_path):
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_a_failed_start_is_followed_by_another(script, tmp_path):
-    torchrun(2, script(FAILS), tmp_path, "0", restarts=1)
+@pytest.mark.parametrize("launcher", [torchrun, genuine_torchrun])
+def test_a_failed_start_is_followed_by_another(launcher, script, tmp_path):
+    launcher(2, script(FAILS), tmp_path, "0", restarts=1)
     assert {p.name for p in tmp_path.glob("??")} == {"00", "01", "10", "11"}
 
 

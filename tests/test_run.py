@@ -123,10 +123,10 @@ def test_transformers_loads_the_result(whole, model):
     assert not torch.equal(before["lm_head.weight"], saved["lm_head.weight"])
 
 
-def killed(model, folder, phases: list[str], *more) -> None:
-    """A run with one rank SIGKILLed in each of the phases in turn; torchrun starts it again."""
+def killed(model, folder, phases: list[str], *more, launcher=torchrun) -> None:
+    """A run with one rank SIGKILLed in each of the phases in turn; the launcher starts it again."""
     more = [*OPTIONS, *more]
-    torchrun(
+    launcher(
         2,
         WORKER,
         ",".join(phases),
@@ -153,7 +153,8 @@ def test_killed_run_resumes_by_itself_bit_equal(whole, model, tmp_path):
 def test_kill_at_every_phase(whole, model, tmp_path):
     """In this order: what follows "gather" takes the rollouts up and does not sample again."""
     phases = ["rollout", "reward", "gather", "pack", "old log-probs", "ref log-probs", "update"]
-    killed(model, tmp_path / "run", [*phases, "sync", "save", "save at once", "publish"])
+    phases += ["sync", "save", "save at once", "publish"]
+    killed(model, tmp_path / "run", phases, launcher=genuine_torchrun)
     assert_equal_runs(tmp_path / "run", whole)
 
 
