@@ -8,12 +8,14 @@ unexport PYTHONPATH PYTHONHOME
 demo: venv
 	@.venv/bin/r1kern demo
 
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: venv tools
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
+	@$(PYTEST)
 
 # Every layout and every fault, where `make test` takes a part of them.
 test-full: venv tools
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "full or not full"
+	@$(PYTEST) -m "full or not full"
 
 lint: venv
 	@.venv/bin/ruff check .

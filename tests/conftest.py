@@ -9,6 +9,18 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+# What takes longest comes first, so that no process works on alone at the end.
+LONG = """
+    run generate eval math_reward hf_files checkpoint invariance layouts pipeline sync readme
+    package reward_model plan dense_run harness cli launch bench objective_triton host_optimizer
+"""
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture
 def poisoned():
     """Every uninitialised allocation is filled with NaN."""

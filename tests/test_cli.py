@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
-import sys
 
 import pytest
-from launch import ROOT, environment
+from launch import ROOT, python
 from tiny_model import write_tiny_model
 
 from r1kern import cli, distributed
@@ -160,31 +157,22 @@ def test_only_a_restart_of_the_same_job_resumes_by_itself(work, capfd, monkeypat
     assert [m["step"] for m in read_metrics(work["folder"] / "run")] == [0, 1, 2, 3]
 
 
+WITH_LIMIT = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+runpy.run_module("r1kern", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_a_full_disk_ends_the_process_with_code_2_and_keeps_the_last_checkpoint(work):
-    """Real processes: the second save hits a file-size limit set while the first stood."""
-    command = [sys.executable, "-m", "r1kern", *work["sft"]]
-    done = subprocess.run(
-        [*command, "train.steps=2"], env=environment(), capture_output=True, text=True, timeout=300
-    )
+    """Processes of their own: the second save hits a file-size limit set while the first stood."""
+    done = python("-m", "r1kern", *work["sft"], "train.steps=2")
     assert done.returncode == 0, done.stderr[-2000:]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
-    full = subprocess.run(
-        [*command, "--resume"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=limit,
-    )
+    full = python("-c", WITH_LIMIT, *work["sft"], "--resume")
     assert full.returncode == 2, full.stderr[-2000:]
     (line,) = [line for line in full.stderr.splitlines() if "r1kern: error" in line]
     assert "free some space" in line
     assert "step_000002" in line
-    again = subprocess.run(
-        [*command, "--resume"], env=environment(), capture_output=True, text=True, timeout=300
-    )
+    again = python("-m", "r1kern", *work["sft"], "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert [m["step"] for m in read_metrics(work["folder"] / "run")] == [0, 1, 2, 3]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from forked import Forked
 from launch import TESTS, environment
 from tiny_model import write_tiny_model
 
@@ -93,15 +90,11 @@ def test_bad_input_is_one_line(work, capfd):
 
 def test_killed_and_resumed_it_is_the_run_that_was_not(work, caplog):
     """SIGKILL in the middle; this process samples the rest, and nothing whole a second time."""
-    command = [sys.executable, "-m", "r1kern", "eval", str(work / "eval.yaml")]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = Forked(["-m", "r1kern", "eval", str(work / "eval.yaml")], environment())
     end = time.monotonic() + 240
     while len(chunks(work / "run")) < 2 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     kept = chunks(work / "run")
     assert 2 <= len(kept) < 6 + 3 + 2
 

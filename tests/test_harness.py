@@ -12,7 +12,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
-from launch import environment
+from launch import environment, python
 from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -50,16 +50,6 @@ def write_tasks(folder: Path) -> None:
         )
 
 
-def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "r1kern", "lm-eval", *map(str, arguments)],
-        env=environment() | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("harness")
@@ -73,9 +63,9 @@ def root(tmp_path_factory) -> Path:
 def outcome(root) -> dict:
     out = root / "out" / "scores.json"
     names = ",".join(f"{name}_local" for name in ROWS)
-    done = run(
-        *(root / "model", "--tasks", names, "--include-path", root / "tasks"),
-        *("--max-tokens", 40, "--out", out),
+    done = python(
+        *("-m", "r1kern", "lm-eval", root / "model", "--tasks", names),
+        *("--include-path", root / "tasks", "--max-tokens", 40, "--out", out),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert "arithmetic_local acc,none: " in done.stdout
@@ -153,6 +143,17 @@ def test_reasoning_is_taken_off_before_the_stops_cut():
     assert _summary("<think>never closed") == ""
 
 
+def lm_eval_command(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
+    """In a fresh interpreter: libraries read their variables while they are imported."""
+    return subprocess.run(
+        [sys.executable, "-m", "r1kern", "lm-eval", *map(str, arguments)],
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.mark.full
 def test_bad_input_is_one_line_with_a_remedy(root, tmp_path):
     blocker = tmp_path / "lm_eval.py"
@@ -166,6 +167,6 @@ def test_bad_input_is_one_line_with_a_remedy(root, tmp_path):
         (("--tasks", "gsm8k"), {"PYTHONPATH": path}, r"pip install 'r1kern\[eval\]'"),
     ]
     for arguments, variables, message in cases:
-        done = run(model, *arguments, **variables, HF_HOME=os.fspath(tmp_path / "hub"))
+        done = lm_eval_command(model, *arguments, **variables, HF_HOME=os.fspath(tmp_path / "hub"))
         assert done.returncode == 2, done.stdout + done.stderr
         assert re.fullmatch(rf"r1kern: error: .*{message}.*", done.stderr.strip()), done.stderr

@@ -8,8 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import TESTS, environment, torchrun
+from launch import TESTS, python, torchrun
 from published import INDEX, QUANTISATION, write_published
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -235,12 +233,7 @@ def test_import_holds_two_shards_at_most(tmp_path):
     published.write_shards(tmp_path, stored, files, shards)
     published.write_config(tmp_path, config, fp8=True)
     largest = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    done = subprocess.run(
-        [sys.executable, TESTS / "workers" / "import_memory.py", tmp_path],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = python(TESTS / "workers" / "import_memory.py", tmp_path)
     shutil.rmtree(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     growth, untouched = map(int, re.search(r"growth=(\d+) untouched=(\d+)", done.stdout).groups())
@@ -292,8 +285,7 @@ convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), "bf16")
 def test_convert_goes_on_after_kill(files, tmp_path, capfd):
     root, _, values = files
     source, target = root / "fp8", tmp_path / "bf16"
-    command = [sys.executable, "-c", KILLED, source, target]
-    done = subprocess.run(command, env=environment(), capture_output=True)
+    done = python("-c", KILLED, source, target)
     assert done.returncode == -signal.SIGKILL and not target.exists()
     finished = {p.name: p.stat().st_ino for p in tmp_path.glob("*.partial/*.safetensors")}
     assert len(finished) == 2

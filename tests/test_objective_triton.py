@@ -20,7 +20,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("B", "S"), [(3, 5), (4, 5000), (0, 7), (2, 0)])
+@pytest.mark.parametrize(("B", "S"), [(3, 5), (3, 4100), (0, 7), (2, 0)])
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
 def test_grpo_loss_is_the_plain_one(poisoned, options, B, S, dtype):
     options = {

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import ROOT, environment
+from forked import Forked
+from launch import ROOT, environment, python
 
 from r1kern.config import PipelineConfig, load_config
 from r1kern.config.pipeline import Readable
@@ -130,15 +131,14 @@ def test_a_killed_pipeline_goes_on_and_two_never_share_a_folder(tmp_path):
     script = tmp_path / "pipeline.py"
     script.write_text(SLEEPER)
     folder = tmp_path / "run"
-    command = [sys.executable, str(script), str(folder)]
-    slow = subprocess.Popen([*command, "slow"], env=environment(), start_new_session=True)
+    command = [str(script), str(folder)]
+    slow = Forked([*command, "slow"], environment())
     _until((folder / "only" / "seen.txt").exists, slow, "the stage")
-    second = subprocess.run([*command, "fast"], env=environment(), capture_output=True, text=True)
+    second = python(*command, "fast")
     assert "another pipeline is running" in second.stderr
-    os.killpg(slow.pid, signal.SIGKILL)
-    slow.wait()
+    slow.kill()
     assert json.loads((folder / "pipeline.json").read_text())["stages"][0]["state"] == "running"
-    subprocess.run([*command, "fast"], env=environment(), check=True)
+    assert python(*command, "fast").returncode == 0
     assert (folder / "only" / "seen.txt").read_text() == "xx"
     assert json.loads((folder / "pipeline.json").read_text())["stages"][0]["state"] == "done"
 
@@ -305,7 +305,7 @@ def _is_rank(process: psutil.Process) -> bool:
     return "r1kern" in process.cmdline() and "sft" in process.cmdline()
 
 
-def _until(happened, process: subprocess.Popen, what: str, seconds: float = 120) -> None:
+def _until(happened, process: subprocess.Popen | Forked, what: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end and process.poll() is None, f"{what} did not come"

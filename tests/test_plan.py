@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from launch import ROOT, TESTS, environment
+from launch import ROOT, TESTS, python
 from transformers import DeepseekV3Config
 
 from r1kern.data.tiny_model import DEEPSEEK
@@ -51,15 +49,8 @@ def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans")
     (folder / "configs").symlink_to(ROOT / "configs")
     DeepseekV3Config(vocab_size=512, **DEEPSEEK).save_pretrained(folder / "demo")
-    script = str(TESTS / "workers" / "plan.py")
-    done = subprocess.run(
-        [sys.executable, script, "demo", "configs/models/deepseek_v3", *CONFIGS],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    worker = TESTS / "workers" / "plan.py"
+    done = python(worker, "demo", "configs/models/deepseek_v3", *CONFIGS, cwd=folder, timeout_s=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder, done.stdout
 

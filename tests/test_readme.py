@@ -40,12 +40,19 @@ def test_the_operators_example_runs():
     torch.testing.assert_close(names["out"], 2 * 2.5 * names["tokens"])
 
 
+SMALLER = "prompts_per_step: 4\n  group_size: 4"
+
+
 def test_the_training_example_runs(tmp_path):
     model = tmp_path / "runs" / "demo" / "sft" / "model"  # where `make demo` leaves it
     tokenizer = build_demo_tokenizer()
     write_tiny_model(model, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     tokenizer.save_pretrained(model)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "configs").mkdir()
+    config = (ROOT / "configs" / "demo.yaml").read_text()
+    assert "prompts_per_step: 32\n  group_size: 8\n" in config
+    smaller = config.replace("prompts_per_step: 32\n  group_size: 8", SMALLER)
+    (tmp_path / "configs" / "demo.yaml").write_text(smaller)
     (tmp_path / "example.py").write_text(TRAINING)
     done = subprocess.run(
         [sys.executable, "example.py"],

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import TESTS, environment, torchrun
+from launch import TESTS, python, torchrun
 from safetensors.torch import load_file, save_file
 from tiny_dense import write_tiny_dense
 from tiny_model import write_tiny_model
@@ -325,13 +323,7 @@ VLLM_MODELS = ["deepseek", "qwen2"]
 @pytest.fixture(scope="module")
 def pooled(world):
     worker = TESTS / "workers" / "pooling.py"
-    done = subprocess.run(
-        [sys.executable, worker, world, *VLLM_MODELS],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = python(worker, world, *VLLM_MODELS)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
     return {name: read_rollouts(world / f"scored_{name}.jsonl") for name in VLLM_MODELS}
 

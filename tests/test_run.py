@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from launch import ROOT, TESTS, command, environment, torchrun
+from launch import ROOT, TESTS, command, environment, genuine_torchrun, torchrun
 from safetensors.torch import load_file
 from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,9 +60,9 @@ def arguments(model, folder, *more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """An uninterrupted run with a KL term and two updates a batch."""
+    """An uninterrupted run with a KL term and two updates a batch, in fresh interpreters."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    torchrun(2, WORKER, "-", *arguments(model, folder, *OPTIONS))
+    genuine_torchrun(2, WORKER, "-", *arguments(model, folder, *OPTIONS))
     return folder
 
 
@@ -123,10 +123,10 @@ def test_transformers_loads_the_result(whole, model):
     assert not torch.equal(before["lm_head.weight"], saved["lm_head.weight"])
 
 
-def killed(model, folder, phases: list[str], *more) -> None:
-    """A run with one rank SIGKILLed in each of the phases in turn; torchrun starts it again."""
+def killed(model, folder, phases: list[str], *more, launcher=torchrun) -> None:
+    """A run with one rank SIGKILLed in each of the phases in turn; the launcher starts it again."""
     more = [*OPTIONS, *more]
-    torchrun(
+    launcher(
         2,
         WORKER,
         ",".join(phases),
@@ -153,7 +153,8 @@ def test_killed_run_resumes_by_itself_bit_equal(whole, model, tmp_path):
 def test_kill_at_every_phase(whole, model, tmp_path):
     """In this order: what follows "gather" takes the rollouts up and does not sample again."""
     phases = ["rollout", "reward", "gather", "pack", "old log-probs", "ref log-probs", "update"]
-    killed(model, tmp_path / "run", [*phases, "sync", "save", "save at once", "publish"])
+    phases += ["sync", "save", "save at once", "publish"]
+    killed(model, tmp_path / "run", phases, launcher=genuine_torchrun)
     assert_equal_runs(tmp_path / "run", whole)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from forked import ensure_running
+from launch import environment
 from test_head import head_results
 from truth import BF16, F32, F64, assert_as_good, head_inputs
 
@@ -98,4 +100,6 @@ def vocab_parallel_rank(rank, rendezvous):
 
 
 def test_vocab_parallel_on_two_ranks(tmp_path):
-    mp.spawn(vocab_parallel_rank, (f"file://{tmp_path}/rendezvous",), nprocs=2)
+    ensure_running(environment())
+    place = (f"file://{tmp_path}/rendezvous",)
+    mp.start_processes(vocab_parallel_rank, place, nprocs=2, start_method="forkserver")

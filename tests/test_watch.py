@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 
 import pytest
+from forked import Forked
 from launch import ROOT, TESTS, command, environment
 from tiny_model import tiny_config
 
@@ -28,13 +28,7 @@ def ranks(
     base = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     base |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments, *(own[rank] if own else [])],
-            env=base | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        Forked([*map(str, arguments), *(own[rank] if own else [])], base | {"RANK": str(rank)})
         for rank in range(2)
     ]
     for left, seconds in ((1, 120.0), (0, grace_s)):
@@ -44,7 +38,7 @@ def ranks(
     codes = [p.poll() for p in processes]
     for process in processes:
         process.kill()
-    return [(code, p.communicate()[0]) for code, p in zip(codes, processes, strict=True)]
+    return [(code, "\n".join(p.output())) for code, p in zip(codes, processes, strict=True)]
 
 
 def errors(output: str) -> list[str]:
