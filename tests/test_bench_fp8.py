@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launch import ROOT
 
-from r1kern.benchmarks import cases_common, cases_fp8, fp8_rivals, kernels, targets
+from r1kern.benchmarks import cases_common, cases_fp8, fp8_rivals, kernels, paired, targets
 from r1kern.benchmarks.cases_common import label
 from r1kern.kernels import fp8_reference as reference
 
@@ -260,17 +259,14 @@ def test_targets_that_were_not_measured_say_why(tmp_path):
 # -------------------------------------------------------------------------- the numerics over seeds
 
 
-def test_noise_is_judged_by_pairs_and_by_evaluation(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import fp8_seeds
-
+def test_noise_is_judged_by_pairs_and_by_evaluation():
     def judged(differences, error=0.0):
         rows = []
         for seed, difference in enumerate(differences):
             base = {"seed": seed, "pass@1": 0.1 * seed, "pass@1 error": error}
             rows.append(base | {"precision": "baseline"})
             rows.append(base | {"precision": "fp8", "pass@1": 0.1 * seed + difference})
-        return fp8_seeds.compare(rows, "fp8", "pass@1")
+        return paired.compare(rows, "fp8", "pass@1")
 
     assert judged([0.01]) is None  # one seed scatters not at all
     steady = judged([0.01, 0.011, 0.012])
