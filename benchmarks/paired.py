@@ -5,17 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 
-T_95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # Student, 1, 2, ... degrees
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def compare(rows: list[dict], name: str, figure: str) -> dict | None:
