@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: build, run the tests that need one (tests/test_*_gpu.py; one that skips all
-# it has counts as failed), check every op against its reference, then measure everything and say which targets are met.
+# it has counts as failed), check every op against its reference, then measure everything and say
+# which targets are met.
 #
 # One call starts nothing after SLICE seconds (480) and the next goes on where it stopped; what other
 # sources gave is tested, checked and measured again.  Exit code 0: all done; 3: time ran out, call

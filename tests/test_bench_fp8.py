@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from r1kern.benchmarks import cases_common, cases_fp8, fp8_rivals, kernels, targets
+from r1kern.benchmarks import cases_common, cases_fp8, fp8_rivals, kernels, paired, targets
 from r1kern.benchmarks.cases_common import label
 from r1kern.kernels import fp8_reference as reference
 
@@ -254,3 +254,27 @@ def test_targets_that_were_not_measured_say_why(tmp_path):
     assert set(verdicts(tmp_path, failed)) == {"not measured: FAILED: product: error"}
     assert set(verdicts(tmp_path, [])) == {"not measured: no row"}
     assert targets.main(["--device", "h100", "--out", str(tmp_path)]) == 2
+
+
+# -------------------------------------------------------------------------- the numerics over seeds
+
+
+def test_noise_is_judged_by_pairs_and_by_evaluation():
+    def judged(differences, error=0.0):
+        rows = []
+        for seed, difference in enumerate(differences):
+            base = {"seed": seed, "pass@1": 0.1 * seed, "pass@1 error": error}
+            rows.append(base | {"precision": "baseline"})
+            rows.append(base | {"precision": "fp8", "pass@1": 0.1 * seed + difference})
+        return paired.compare(rows, "fp8", "pass@1")
+
+    assert judged([0.01]) is None  # one seed scatters not at all
+    steady = judged([0.01, 0.011, 0.012])
+    # By hand: deviation 0.001, over root 3, times Student's 4.303 of two degrees.
+    assert steady["difference"] == pytest.approx(0.011)
+    assert steady["paired_half_interval"] == pytest.approx(4.303 * 0.001 / 3**0.5, rel=1e-3)
+    assert not steady["within_noise"]
+    assert judged([-0.02, 0.01, 0.012])["within_noise"]
+    # Six evaluations with an error of 0.02 each: 1.96 * root 6 * 0.02 / 3 = 0.032.
+    assert judged([0.01, 0.011, 0.012], error=0.02)["within_noise"]
+    assert not judged([0.04, 0.041, 0.042], error=0.02)["within_noise"]
