@@ -2,11 +2,12 @@
 
 Forward, input's and weight's gradient of an expert's two weights at DeepSeek-V3's shapes, scaled
 down, against float64 of the operands before they were quantised; error and truth in the root mean
-square.  Activations have a few columns a hundred times as large as the rest, gradients are small and
-differ row by row, as in training.  On CPU, where the products are the GPU's but for the order of
-float32 sums.
+square.  Activations have a few columns a hundred times as large as the rest, gradients are small
+and differ row by row, as in training.  On CPU, where sums are float32 throughout; the tensor cores'
+sums of 128 are narrower.
 
-    cd benchmarks && python fp8_error.py --json results/fp8_error.json --markdown results/fp8_error.md
+    cd benchmarks && python fp8_error.py --json results/fp8_error.json \\
+        --markdown results/fp8_error.md
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def rows(seed: int = 0) -> list[dict]:
         for i, product in enumerate(("forward", "dgrad", "wgrad")):
             errors = [error(t[i], truth[i]) for t in (exact, power, rounded)]
             names = ("fp32_scales", "power_of_two", "bf16")
-            found.append({"weight": weight, "product": product} | dict(zip(names, errors)))
+            found.append(
+                {"weight": weight, "product": product} | dict(zip(names, errors, strict=True))
+            )
     return found
 
 
