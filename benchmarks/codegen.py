@@ -25,7 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("head_triton", "route_triton", "permute_triton", "advantage_triton", "objective_triton")
+MODULES = (
+    "head_triton",
+    "route_triton",
+    "permute_triton",
+    "advantage_triton",
+    "objective_triton",
+    "fp8_gemm_triton",
+)
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 227 << 10
 """Bytes a program can have on Hopper."""
@@ -39,6 +46,7 @@ COLUMNS = {
     "stack": "stack, bytes",
     "shared": "shared memory, bytes",
     "wgmma": "wgmma",
+    "qgmma": "of which FP8",
     "tma_loads": "TMA loads",
     "tma_stores": "TMA stores",
 }
@@ -134,6 +142,7 @@ def measure(
         "stack": stack,
         "shared": compiled.metadata.shared,
         "wgmma": len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
+        "qgmma": len(re.findall(r"\bwgmma\.mma_async\S*\.e4m3\.e4m3\b", ptx)),
         "tma_loads": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*\.shared::\w+\.global", ptx)),
         "tma_stores": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*\.global\.shared", ptx)),
     }

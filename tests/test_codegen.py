@@ -65,6 +65,13 @@ def test_the_head_is_on_tensor_cores_and_tma(rows):
         assert bool(row["wgmma"]) != row["configuration"].startswith("exact"), row
 
 
+def test_the_fp8_products_are_on_fp8_tensor_cores_and_tma(rows):
+    products = [row for row in rows if row["kernel"].startswith("fp8_gemm.")]
+    assert {row["kernel"] for row in products} == {"fp8_gemm.gemm", "fp8_gemm.wgrad"}
+    for row in products:
+        assert row["tma_loads"] and row["qgmma"] and row["qgmma"] == row["wgmma"], row
+
+
 def test_the_committed_table_has_these_rows(rows):
     """For every version of Triton in it; a change in `variants()` calls for a new table."""
     committed = json.loads((BENCHMARKS / "results" / "codegen.json").read_text())
