@@ -60,42 +60,37 @@ def _sigmoid(x):
 def _swiglu_backward_kernel(
     grad, h, probs, offsets, row_codes, row_scales, column_codes, column_scales, partial,
     I, R, K, P, E, scale_stride,
-    E_PAD: tl.constexpr, POWER_OF_TWO: tl.constexpr, PAIRED: tl.constexpr,
+    E_PAD: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     tile, k = tl.program_id(1), tl.program_id(0) * BLOCK
     first, rows = rows_of(offsets, tile, E, E_PAD)
     if rows == 0:
         return
     r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    is_gate = c < I - k
-    i = k + c if PAIRED else tl.where(is_gate, k + c, k + c - I)
-    mask = (r < rows) & (i < I)
-    at = h + first * K + (r * K + i)
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + I, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(grad + first * I + (r * I + i), mask=mask, other=0.0).to(tl.float32)
-    value, rest = _sigmoid(gate)
-    silu = gate * value
-    products = g * silu * up
-    g *= tl.load(probs + first + r, mask=r < rows, other=0.0)
-    grad_gate, grad_up = g * up * (value + silu * rest), g * silu
-    if PAIRED:
+    total = tl.zeros([BLOCK, 1], tl.float32)
+    prob = tl.load(probs + first + r, mask=r < rows, other=0.0)
+    for part in tl.static_range(PARTS):
+        column = k + part * I
+        is_gate = c < I - column
+        i = tl.where(is_gate, column + c, column + c - I)
+        mask = (r < rows) & (i < I)
+        at = h + first * K + (r * K + i)
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(at + I, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + first * I + (r * I + i), mask=mask, other=0.0).to(tl.float32)
+        value, rest = _sigmoid(gate)
+        silu = gate * value
+        total += tl.sum(tl.where(is_gate, g * silu * up, 0.0), 1, keep_dims=True)
+        slope = up * (value + silu * rest)
         write(
-            grad_gate, first, rows, tile, k, K, P, scale_stride,
-            row_codes, row_scales, column_codes, column_scales, POWER_OF_TWO, True, True,
+            g * prob * tl.where(is_gate, slope, silu), first, rows, tile, column, K, P,
+            scale_stride, row_codes, row_scales, column_codes, column_scales,
+            POWER_OF_TWO, True, True,
         )  # fmt: skip
-        write(
-            grad_up, first, rows, tile, k + I, K, P, scale_stride,
-            row_codes, row_scales, column_codes, column_scales, POWER_OF_TWO, True, True,
-        )  # fmt: skip
-    else:
-        products = tl.where(is_gate, products, 0.0)
-        write(
-            tl.where(is_gate, grad_gate, grad_up), first, rows, tile, k, K, P, scale_stride,
-            row_codes, row_scales, column_codes, column_scales, POWER_OF_TWO, True, True,
-        )  # fmt: skip
+        # What the first part read, the second finds in the cache: registers hold only one.
+        tl.debug_barrier()
     at = partial + tl.program_id(0).to(tl.int64) * R + first + r
-    tl.store(at, tl.sum(products, 1, keep_dims=True), mask=r < rows)
+    tl.store(at, total, mask=r < rows)
 
 
 def swiglu_quantize(
@@ -127,7 +122,7 @@ def swiglu_backward_quantize(
         _swiglu_backward_kernel[programs, padded_rows(R, E) // 128](
             grad, h, probs, offsets, *codes, partial,
             I, R, 2 * I, padded_rows(R, E), E, codes[1].stride(0),
-            E_PAD=triton.next_power_of_2(E), POWER_OF_TWO=power_of_two, PAIRED=paired, **BACKWARD,
+            E_PAD=triton.next_power_of_2(E), POWER_OF_TWO=power_of_two, PARTS=2 if paired else 1, **BACKWARD,
         )  # fmt: skip
     return *codes, partial.sum(0)
 
@@ -148,6 +143,6 @@ def variants():
                 aligned = set(inputs) - ({"E"} if paired else {"E", "I", "K"})
                 yield (
                     f"{dtype} {kind} {'paired' if paired else 'one tile'}",
-                    _swiglu_backward_kernel, inputs, constexprs | dict(PAIRED=paired),
+                    _swiglu_backward_kernel, inputs, constexprs | dict(PARTS=2 if paired else 1),
                     BACKWARD, aligned,
                 )  # fmt: skip
