@@ -25,7 +25,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("head_triton", "route_triton", "permute_triton", "advantage_triton", "objective_triton")
+MODULES = (
+    "head_triton",
+    "route_triton",
+    "permute_triton",
+    "advantage_triton",
+    "objective_triton",
+    "fp8_quantize_triton",
+    "fp8_swiglu_triton",
+)
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 227 << 10
 """Bytes a program can have on Hopper."""
