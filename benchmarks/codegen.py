@@ -32,6 +32,8 @@ MODULES = (
     "advantage_triton",
     "objective_triton",
     "fp8_gemm_triton",
+    "fp8_quantize_triton",
+    "fp8_swiglu_triton",
 )
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 227 << 10

@@ -37,6 +37,13 @@ def quantize(
     return codes
 
 
+@quantize.register_kernel("cuda")
+def _(x, offsets, power_of_two, rows, columns):
+    from r1kern.kernels import fp8_quantize_triton
+
+    return fp8_quantize_triton.quantize(x, offsets, power_of_two, rows, columns)
+
+
 def empty_codes(R: int, K: int, E: int, device, rows: bool, columns: bool) -> Codes:
     """What `quantize` returns, unwritten."""
 
@@ -89,6 +96,13 @@ def quantize_weights(
             *(scales[e].data_ptr(), torch.get_num_threads()),
         )
     return codes, codes_t, scales
+
+
+@quantize_weights.register_kernel("cuda")
+def _(weights, parts, power_of_two, transposed):
+    from r1kern.kernels import fp8_quantize_triton
+
+    return fp8_quantize_triton.quantize_weights(weights, parts, power_of_two, transposed)
 
 
 def empty_weights(

@@ -5,9 +5,9 @@ whole in it, and so the row-wise and the column-wise codes come of the same regi
 transposed on the way out.  Which rows a tile has, the program finds in `offsets`; the grid has as
 many tiles as any offsets need, and the programs past the last return.
 
-Division costs more than all else here, so quotients are made of a reciprocal and one step of
-correction (Markstein, IBM J. Res. Dev. 34, 1990), as exact as IEEE's where neither remainder nor
-reciprocal underflows; tiles of numbers that small are scaled up beforehand.
+Division costs more than all else here, and where it branches, registers.  So quotients are made of
+a reciprocal and one step of correction (Markstein, IBM J. Res. Dev. 34, 1990), as exact as IEEE's
+where the remainder does not underflow; tiles of numbers that small are scaled up beforehand.
 
 Shape legend: R rows sorted by expert, E experts, K columns, P rows padded by expert, N rows of a
 weight.
@@ -29,20 +29,33 @@ TINY = tl.constexpr(2.0**-126)
 INFINITY = tl.constexpr(0x7F800000)
 SMALL = tl.constexpr(2.0**-60)
 UP = tl.constexpr(2.0**64)
+DOWN = tl.constexpr(2.0**-64)
 
 OPTIONS = dict(num_warps=16, num_stages=1)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @triton.jit
+def divide(x, divisor, inverse):
+    """x / divisor to nearest, where `inverse` is 1 / divisor to nearest."""
+    quotient = x * inverse
+    # Less than 0, not more, so that the quotient of -0 stays -0.
+    excess = tl.fma(quotient, divisor, -x)
+    return tl.fma(-excess, inverse, quotient)
+
+
+@triton.jit
 def scales_of(amax, POWER_OF_TWO: tl.constexpr):
     """Largest magnitudes, NaN where there was nothing else -> scales."""
     amax = tl.where(amax == amax, amax, 0.0)
-    scales = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32)), TINY)
+    small = amax < SMALL
+    zero = amax * 0.0
+    scales = divide(tl.where(small, amax * UP, amax), LARGEST + zero, 1.0 / LARGEST + zero)
+    scales = tl.maximum(tl.where(small, scales * DOWN, scales), TINY)
     if POWER_OF_TWO:
         bits = (scales.to(tl.int32, bitcast=True) + 0x7FFFFF) & INFINITY
         scales = bits.to(tl.float32, bitcast=True)
-    return scales
+    return tl.where(amax == float("inf"), amax, scales)
 
 
 @triton.jit
@@ -54,14 +67,12 @@ def encode(x, scales, POWER_OF_TWO: tl.constexpr):
         return (x * tl.where(infinite, 0.0, inverse)).to(tl.float8e4nv)
     up = tl.where(scales < SMALL, UP, 1.0)
     divisor = tl.where(infinite, 1.0, scales * up)
-    inverse = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    about = 1.0 / divisor
+    inverse = tl.fma(tl.fma(-divisor, about, 1.0 + about * 0.0), about, about)
     inverse = tl.where(infinite, 0.0, inverse)
     x = x * up
     inverse, divisor = tl.broadcast(inverse, x)[0], tl.broadcast(divisor, x)[0]
-    quotient = x * inverse
-    # Less than 0, not more, so that the quotient of -0 stays -0.
-    excess = tl.fma(quotient, divisor, -x)
-    return tl.fma(-excess, inverse, quotient).to(tl.float8e4nv)
+    return divide(x, divisor, inverse).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -86,18 +97,18 @@ def write(
 ):  # fmt: skip
     """Quantises x [128, 128], float32, 0 past `rows` and past K: rows first.., columns k.."""
     r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    size, tile, k = tl.abs(x), tile.to(tl.int64), k.to(tl.int64)
+    size, tile, inside, k = tl.abs(x), tile.to(tl.int64), K - k, k.to(tl.int64)
     if ROWS:
         scales = scales_of(tl.max(size, 1, keep_dims=True), POWER_OF_TWO)
         at = row_codes + first * K + k + (r * K + c)
-        tl.store(at, encode(x, scales, POWER_OF_TWO), mask=(r < rows) & (c < K - k))
+        tl.store(at, encode(x, scales, POWER_OF_TWO), mask=(r < rows) & (c < inside))
         tl.store(row_scales + k // BLOCK * scale_stride + first + r, scales, mask=r < rows)
     if COLUMNS:
         scales = scales_of(tl.max(size, 0, keep_dims=True), POWER_OF_TWO)
         codes = tl.trans(encode(x, scales, POWER_OF_TWO))
         at = column_codes + k * P + tile * BLOCK + (tl.trans(c) * P + tl.trans(r))
-        tl.store(at, codes, mask=tl.trans(c) < K - k)
-        tl.store(column_scales + tile * K + k + c, scales, mask=c < K - k)
+        tl.store(at, codes, mask=tl.trans(c) < inside)
+        tl.store(column_scales + tile * K + k + c, scales, mask=c < inside)
 
 
 @triton.jit

@@ -35,6 +35,13 @@ def swiglu_quantize(
     return codes
 
 
+@swiglu_quantize.register_kernel("cuda")
+def _(h, probs, offsets, power_of_two, columns):
+    from r1kern.kernels import fp8_swiglu_triton
+
+    return fp8_swiglu_triton.swiglu_quantize(h, probs, offsets, power_of_two, columns)
+
+
 @swiglu_quantize.register_fake
 def _(h, probs, offsets, power_of_two, columns):
     R, I2 = h.shape
@@ -62,6 +69,13 @@ def swiglu_backward_quantize(
         torch.get_num_threads(),
     )
     return *codes, grad_probs
+
+
+@swiglu_backward_quantize.register_kernel("cuda")
+def _(grad, h, probs, offsets, power_of_two):
+    from r1kern.kernels import fp8_swiglu_triton
+
+    return fp8_swiglu_triton.swiglu_backward_quantize(grad, h, probs, offsets, power_of_two)
 
 
 @swiglu_backward_quantize.register_fake

@@ -1,8 +1,8 @@
-"""SwiGLU times probability, and its gradient, to FP8 in both layouts, each number read once.
+"""SwiGLU times probability, and its gradient, to FP8 in both layouts at once.
 
-A program has the tile of 128 x 128 of `fp8_quantize_triton`.  In backward it makes the gradients of
-gate and up, two tiles.  Where I is no multiple of 128, tiles of the second do not lie on columns
-that those of the first lie on: then a program makes one tile, and a number is read twice.
+A program has the tile of 128 x 128 of `fp8_quantize_triton`.  In backward the tiles of gate and up
+with the same inputs are neighbours in the grid, so that the second finds them in the L2 cache: both
+in one program are more than there are registers.
 
 Shape legend: R rows sorted by expert, E experts, I columns of gate and of up, P rows padded.
 """
@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from r1kern.kernels import fp8_reference as reference
 from r1kern.kernels.fp8_quantize import empty_codes
-from r1kern.kernels.fp8_quantize_triton import SIGNATURE, grid, rows_of, write
+from r1kern.kernels.fp8_quantize_triton import SIGNATURE, grid, quantize, rows_of, write
 from r1kern.kernels.fp8_reference import blocks, padded_rows
 
 BLOCK = tl.constexpr(128)
-FORWARD = dict(num_warps=16, num_stages=1)
-BACKWARD = dict(num_warps=16, num_stages=1)
+OPTIONS = dict(num_warps=16, num_stages=1)
 
 
 @triton.jit
@@ -60,42 +60,30 @@ def _sigmoid(x):
 def _swiglu_backward_kernel(
     grad, h, probs, offsets, row_codes, row_scales, column_codes, column_scales, partial,
     I, R, K, P, E, scale_stride,
-    E_PAD: tl.constexpr, POWER_OF_TWO: tl.constexpr, PAIRED: tl.constexpr,
+    E_PAD: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    tile, k = tl.program_id(1), tl.program_id(0) * BLOCK
+    # Even programs have a tile of gate, odd ones that of up.
+    program, tile = tl.program_id(0), tl.program_id(1)
     first, rows = rows_of(offsets, tile, E, E_PAD)
     if rows == 0:
         return
     r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    is_gate = c < I - k
-    i = k + c if PAIRED else tl.where(is_gate, k + c, k + c - I)
-    mask = (r < rows) & (i < I)
+    is_gate, i, mask = program % 2 == 0, program // 2 * BLOCK + c, r < rows
     at = h + first * K + (r * K + i)
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(at + I, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + first * I + (r * I + i), mask=mask, other=0.0).to(tl.float32)
     value, rest = _sigmoid(gate)
     silu = gate * value
-    products = g * silu * up
+    total = tl.sum(g * silu * up, 1, keep_dims=True)
+    at = partial + (program // 2).to(tl.int64) * R + first + r
+    tl.store(at, total, mask=r < tl.where(is_gate, rows, 0))
+    slope = tl.where(is_gate, up * (value + silu * rest), silu)
     g *= tl.load(probs + first + r, mask=r < rows, other=0.0)
-    grad_gate, grad_up = g * up * (value + silu * rest), g * silu
-    if PAIRED:
-        write(
-            grad_gate, first, rows, tile, k, K, P, scale_stride,
-            row_codes, row_scales, column_codes, column_scales, POWER_OF_TWO, True, True,
-        )  # fmt: skip
-        write(
-            grad_up, first, rows, tile, k + I, K, P, scale_stride,
-            row_codes, row_scales, column_codes, column_scales, POWER_OF_TWO, True, True,
-        )  # fmt: skip
-    else:
-        products = tl.where(is_gate, products, 0.0)
-        write(
-            tl.where(is_gate, grad_gate, grad_up), first, rows, tile, k, K, P, scale_stride,
-            row_codes, row_scales, column_codes, column_scales, POWER_OF_TWO, True, True,
-        )  # fmt: skip
-    at = partial + tl.program_id(0).to(tl.int64) * R + first + r
-    tl.store(at, tl.sum(products, 1, keep_dims=True), mask=r < rows)
+    write(
+        g * slope, first, rows, tile, program // 2 * BLOCK + program % 2 * I, K, P, scale_stride,
+        row_codes, row_scales, column_codes, column_scales, POWER_OF_TWO, True, True,
+    )  # fmt: skip
 
 
 def swiglu_quantize(
@@ -108,7 +96,7 @@ def swiglu_quantize(
     if h.numel():
         _swiglu_kernel[grid(R, I, E)](
             h, probs, offsets, *codes, I, padded_rows(R, E), E, codes[1].stride(0),
-            E_PAD=triton.next_power_of_2(E), POWER_OF_TWO=power_of_two, COLUMNS=columns, **FORWARD,
+            E_PAD=triton.next_power_of_2(E), POWER_OF_TWO=power_of_two, COLUMNS=columns, **OPTIONS,
         )  # fmt: skip
     return codes
 
@@ -116,18 +104,22 @@ def swiglu_quantize(
 def swiglu_backward_quantize(
     grad: Tensor, h: Tensor, probs: Tensor, offsets: Tensor, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `fp8_swiglu.swiglu_backward_quantize`."""
+    """As `fp8_swiglu.swiglu_backward_quantize`.
+
+    Where I is no multiple of 128 a tile may hold columns of gate and of up; then in two steps.
+    """
     grad, h, probs, offsets = (t.contiguous() for t in (grad, h, probs, offsets))
     (R, I), E = grad.shape, len(offsets) - 1
-    paired = I % 128 == 0
+    if I % 128:
+        grad_h, grad_probs = reference.swiglu_backward(grad, h, probs)
+        return *quantize(grad_h, offsets, power_of_two, True, True), grad_probs
     codes = empty_codes(R, 2 * I, E, h.device, True, True)
-    programs = blocks(I) if paired else blocks(2 * I)
-    partial = torch.empty(programs, R, dtype=torch.float32, device=h.device)
+    partial = torch.empty(blocks(I), R, dtype=torch.float32, device=h.device)
     if h.numel():
-        _swiglu_backward_kernel[programs, padded_rows(R, E) // 128](
+        _swiglu_backward_kernel[grid(R, 2 * I, E)](
             grad, h, probs, offsets, *codes, partial,
             I, R, 2 * I, padded_rows(R, E), E, codes[1].stride(0),
-            E_PAD=triton.next_power_of_2(E), POWER_OF_TWO=power_of_two, PAIRED=paired, **BACKWARD,
+            E_PAD=triton.next_power_of_2(E), POWER_OF_TWO=power_of_two, **OPTIONS,
         )  # fmt: skip
     return *codes, partial.sum(0)
 
@@ -141,13 +133,10 @@ def variants():
             constexprs = dict(E_PAD=32, POWER_OF_TWO=power_of_two)
             yield (
                 f"{dtype} {kind}", _swiglu_kernel, inputs, constexprs | dict(COLUMNS=True),
-                FORWARD, set(inputs) - {"E"},
+                OPTIONS, set(inputs) - {"E"},
             )  # fmt: skip
             inputs |= dict(grad=f"*{dtype}", partial="*fp32", I="i32", R="i32")
-            for paired in (True, False):
-                aligned = set(inputs) - ({"E"} if paired else {"E", "I", "K"})
-                yield (
-                    f"{dtype} {kind} {'paired' if paired else 'one tile'}",
-                    _swiglu_backward_kernel, inputs, constexprs | dict(PAIRED=paired),
-                    BACKWARD, aligned,
-                )  # fmt: skip
+            yield (
+                f"{dtype} {kind}", _swiglu_backward_kernel, inputs, constexprs,
+                OPTIONS, set(inputs) - {"E", "R"},
+            )  # fmt: skip
