@@ -83,7 +83,7 @@ def test_a_grpo_step_never_uses_codes_of_other_weights(run):
     for step in run["steps"]:
         # old policy; reference; the policy again; after the first update
         assert step["quantised"] == 4 * products
-        passes = {name: kept for name, kept in step["passes"]}
+        passes = dict(step["passes"])
         assert passes == {"logprobs": products, "reference": 0, "update": 0}
     assert run["loaded"] == 0
     assert run["resumed"] == run["saved"]
