@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from fp8_quantize_cases import BF16, COUNTS, F32, assert_bits, assert_near, both_ways, offsets_of, wild
+from fp8_quantize_cases import (
+    BF16,
+    COUNTS,
+    F32,
+    assert_bits,
+    assert_near,
+    both_ways,
+    offsets_of,
+    wild,
+)
 from interpreter import interpreted
 
 from r1kern.kernels import fp8_reference as reference

@@ -55,7 +55,7 @@ def _ragged(hf: PretrainedConfig, model: Model, tp: int) -> list[str]:
             continue
         size = [n // tp if i == splits[name] else n for i, n in enumerate(shape)]
         if any(n % BLOCK for n in size):
-            stem = re.sub(r"model\.layers\.\d+\.|experts\.\d+\.|\.weight", "", name)
+            stem = re.sub(r"model\.layers\.\d+\.|(?<=experts)\.\d+|\.weight", "", name)
             found[stem] = f"{stem} is {size[0]} x {size[1]} on a rank"
     if not found:
         return []

@@ -13,6 +13,7 @@ from r1kern.errors import UserError
 from r1kern.hf.config import check_layout, check_mtp, read_hf_config
 from r1kern.hf.dense import is_dense, refuse_moe_options
 from r1kern.hf.flops import ModelFlops, attention_head_dim
+from r1kern.hf.fp8_fit import refuse_fp8
 from r1kern.hf.layout import stage_layers
 from r1kern.hf.names import hf_shapes, hf_splits
 from r1kern.model.sync_plan import SyncPlan, plan_sync
@@ -143,6 +144,7 @@ def model_as_built(config: TrainConfig) -> PretrainedConfig:
     hf = read_hf_config(config.model.path)
     refuse_moe_options(hf, config.model, config.experts)
     check_mtp(hf, config.model)
+    refuse_fp8(hf, config.model, config.parallel, recompute=config.train.recompute, device="cuda")
     if not config.model.mtp_coef:
         hf.num_nextn_predict_layers = 0
     return hf

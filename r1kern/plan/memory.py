@@ -19,6 +19,7 @@ PHASES = ("rollout", "log-probs", "update", "optimizer step", "sync")
 
 COMPONENTS = (
     "weights",
+    "FP8 codes",
     "gradients",
     "optimizer",
     "activations",
@@ -113,6 +114,18 @@ def generator_weights(config: TrainConfig, shapes: Shapes) -> float:
     return shapes.parameters * itemsize / config.parallel.generator_tp
 
 
+def fp8_codes(config: TrainConfig, expert: float, linears: float) -> dict[str, float]:
+    """Codes of the weights that are multiplied in FP8, in two layouts; scales are next to nothing.
+
+    Args:
+        expert: parameters of routed experts.
+        linears: of the layers' other parts; norms and router, which have no codes, are few.
+    """
+    if config.model.precision == "dtype":
+        return {}
+    return {"FP8 codes": 2.0 * (expert + linears * config.model.fp8_linears)}
+
+
 def by_phase(
     config: TrainConfig,
     layout: Layout,
@@ -147,6 +160,8 @@ def by_phase(
     }
     lent = resident | ({"gradients": 0.0, "optimizer": 0.0} if away else {})
     kept = {} if asleep else generator
+    outside = shapes.vocab / layout.tp * shapes.hidden * ((stage_index == 0) + is_last)
+    codes = fp8_codes(config, stage.expert, stage.dense - outside)
 
     def head(gradient: bool) -> float:
         return logits_head(shapes, layout.tp, rows, device=device, gradient=gradient) * is_last
@@ -154,8 +169,14 @@ def by_phase(
     slack = 1 + (assumed.fragmentation if on_gpu else 0)
     return {
         "rollout": lent | generator,
-        "log-probs": resident | kept | {"activations": scoring * slack, "logits head": head(False)},
-        "update": resident | kept | {"activations": training * slack, "logits head": head(True)},
+        "log-probs": resident
+        | kept
+        | codes
+        | {"activations": scoring * slack, "logits head": head(False)},
+        "update": resident
+        | kept
+        | codes
+        | {"activations": training * slack, "logits head": head(True)},
         "optimizer step": resident
         | kept
         | {"activations": own["shard"] * 4 * (not config.optim.offload)},

@@ -11,8 +11,8 @@ from r1kern.plan.memory import COMPONENTS, PHASES
 
 GiB = 2**30
 COLOURS = (
-    "#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#b07aa1", "#edc948", "#9c755f",
-    "#bab0ac",
+    "#4e79a7", "#ff9da7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#b07aa1", "#edc948",
+    "#9c755f", "#bab0ac",
 )  # fmt: skip
 LEFT, TOP, HEIGHT, WIDTH, LEGEND = 70, 60, 360, 560, 240
 

@@ -64,7 +64,7 @@ def main(out: str, config: str, model: str, folder: str) -> None:
         found["steps"].append(step | {"quantised": made.count, "passes": list(passes)})
         if len(found["steps"]) == 1:
             checkpoints.save(policy, 1, trainer.state())
-    policy.logprobs([])
+    policy.logprobs(trainer.prepare(trainer.rollouts).batches)  # codes of weights that will be gone
     trainer.restore(checkpoints.load(policy, checkpoints.latest()))
     found["loaded"] = check_codes(policy.model)
     found["saved"], found["resumed"] = found["steps"][1]["mismatch"], trainer.step()["mismatch"]

@@ -20,6 +20,7 @@ CHARTS: dict[str, dict[str, tuple[tuple[str, ...], Style]]] = {
         "Gradient norm": (("grad_norm",), Style(unit="norm before clipping")),
         "Learning rate": (("lr",), Style(unit="learning rate")),
         "Expert load": (("expert_load",), Style(unit="fullest / mean expert")),
+        "Lost to 0 in FP8": (("fp8_underflow",), replace(SHARE, unit="% of values")),
     },
     "Policy": {
         "KL to the reference policy": (("kl",), Style(unit="nats per token")),
