@@ -251,7 +251,7 @@ def test_frozen_weights_have_codes_for_the_forward_only(world, folder):
 
 
 def test_what_is_lost_is_counted(world, folder):
-    """Weights far below the largest of their block become 0; NaN is seen."""
+    """Weights far below the largest of their block become 0."""
     policy = build(world, folder / "moe", EXPERTS)
     clean = update(policy)["fp8_underflow"]
     experts = policy.model.decoder.layers[1].mlp.experts
