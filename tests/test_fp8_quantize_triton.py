@@ -70,6 +70,18 @@ def test_quotients_next_to_ties(quantize_module, power_of_two):
             assert_bits(a, b)
 
 
+def test_quotients_next_to_ties_of_the_smallest_numbers(quantize_module):
+    """Denormal ones, of which the remainder of the division would be none that float32 has."""
+    g = torch.Generator().manual_seed(0)
+    ties = (torch.randint(8, (1024,), generator=g) + 0.5) / 512
+    small = (2**-126 * (1 + 3 * torch.rand(1024, generator=g)) * ties).double()
+    scales = (small / ties).float()
+    x = torch.stack([448 * scales, small.float()], 1)
+    codes, scales, *_ = quantize_module.quantize(x, offsets_of([1024]), False, True, False)
+    for a, b in zip((codes, scales), reference.quantize_rows(x), strict=True):
+        assert_bits(a, b)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_weights_are_the_reference(quantize_module, poisoned, dtype, power_of_two):
