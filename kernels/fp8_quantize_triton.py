@@ -50,7 +50,7 @@ def scales_of(amax, POWER_OF_TWO: tl.constexpr):
     amax = tl.where(amax == amax, amax, 0.0)
     small = amax < SMALL
     zero = amax * 0.0
-    scales = divide(tl.where(small, amax * UP, amax), LARGEST + zero, 1.0 / LARGEST + zero)
+    scales = divide(tl.where(small, amax * UP, amax), zero + LARGEST, zero + 1.0 / LARGEST)
     scales = tl.maximum(tl.where(small, scales * DOWN, scales), TINY)
     if POWER_OF_TWO:
         bits = (scales.to(tl.int32, bitcast=True) + 0x7FFFFF) & INFINITY

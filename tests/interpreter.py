@@ -1,8 +1,8 @@
 """Triton kernels on a CPU: a module of kernels run in Triton's interpreter, mended.
 
 Unmended, the interpreter computes with bfloat16's raw bits as if they were integers, truncates
-float32 to bfloat16, loses the carry when it rounds to float8, and needs TRITON_INTERPRET set before
-the process first imports Triton.
+float32 to bfloat16, loses the carry when it rounds to float8, rounds twice in a fused multiply-add
+(before Triton 3.9), and needs TRITON_INTERPRET set before the process first imports Triton.
 """
 
 import importlib.util
@@ -145,6 +145,15 @@ def _cast_impl(self, src, dst_type):
     return _narrow(plain(self, _wide(src), tl.float32))
 
 
+def _create_fma(self, x, y, z):
+    if z.dtype.scalar != tl.float32:
+        return _mended("create_fma")(self, x, y, z)
+    # A product of two float32 has 48 bits: exact in the 64 of x86's long double.
+    wide = np.longdouble
+    exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+    return TensorHandle(exact.astype(np.float32), tl.float32)
+
+
 def _apply(self, input):
     tensors = input if isinstance(input, tuple) else (input,)
     assert not any(_bf16(x) for x in tensors), "widen bfloat16 before a reduction or a scan"
@@ -155,10 +164,8 @@ MENDED = {
     "_convert_float": _convert_float,
     "cast_impl": _cast_impl,
     "apply": _apply,
+    "create_fma": _create_fma,
     "run": _run,
     "__call__": _call,
-    **{
-        name: _mended(name)
-        for name in ("unary_op", "binary_op", "ternary_op", "create_fma", "create_dot")
-    },
+    **{name: _mended(name) for name in ("unary_op", "binary_op", "ternary_op", "create_dot")},
 }
