@@ -39,9 +39,9 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def divide(x, divisor, inverse):
     """x / divisor to nearest, where `inverse` is 1 / divisor to nearest."""
     quotient = x * inverse
-    # Less than 0, not more, so that the quotient of -0 stays -0.
-    excess = tl.fma(quotient, divisor, -x)
-    return tl.fma(-excess, inverse, quotient)
+    # Less than 0, not more, so that the quotient of -0 stays -0; `-x` is 0 - x before Triton 3.9.
+    excess = tl.fma(quotient, divisor, x * -1.0)
+    return tl.fma(excess * -1.0, inverse, quotient)
 
 
 @triton.jit

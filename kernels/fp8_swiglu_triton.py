@@ -135,7 +135,7 @@ def variants():
                 f"{dtype} {kind}", _swiglu_kernel, inputs, constexprs | dict(COLUMNS=True),
                 OPTIONS, set(inputs) - {"E"},
             )  # fmt: skip
-            inputs |= dict(grad=f"*{dtype}", partial="*fp32", I="i32", R="i32")
+            inputs = inputs | dict(grad=f"*{dtype}", partial="*fp32", I="i32", R="i32")
             yield (
                 f"{dtype} {kind}", _swiglu_backward_kernel, inputs, constexprs,
                 OPTIONS, set(inputs) - {"E", "R"},
