@@ -171,6 +171,7 @@ def test_the_all_reduce_of_two_processes():
     assert " 1 MiB at " in check.found
 
 
+@pytest.mark.full
 def test_an_all_reduce_that_fails_is_a_problem(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nowhere0")

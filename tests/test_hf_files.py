@@ -206,6 +206,7 @@ def test_parallel_import_and_export(files, tmp_path):
     assert config_of(tmp_path / f"{LAYOUTS[0]}_fp8")["quantization_config"] == QUANTISATION
 
 
+@pytest.mark.full
 def test_import_holds_two_shards_at_most(tmp_path):
     """12 shards of 16 MiB: the peak over the parameters stays under two of them."""
     shards, per_shard = 12, 16 << 20

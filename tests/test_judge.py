@@ -280,6 +280,7 @@ for future in futures:
 """
 
 
+@pytest.mark.full
 def test_a_cache_survives_kills_and_is_shared_by_processes(server, tmp_path):
     judge = options(server, "slow", cache=str(tmp_path / "judge.sqlite"))
     arguments = [sys.executable, "-c", ASK_UNTIL_KILLED, judge.url, judge.model, judge.cache]

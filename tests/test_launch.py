@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import psutil
@@ -76,6 +78,36 @@ def test_it_has_imported_what_takes_long(script):
     """Else every rank would import for itself, which nobody sees but the clock."""
     done = python(script(TOLD))
     assert done.stdout == "['torch', 'megatron.core', 'vllm', 'r1kern']\n", done.stderr
+
+
+ORPHAN = """
+import time
+from r1kern.orphan import end_with_launcher
+
+end_with_launcher()
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = f"""
+import os, subprocess, sys, time
+
+os.environ |= {{"R1KERN_LAUNCHER": str(os.getpid()), "RANK": "0"}}
+child = subprocess.Popen([sys.executable, "-c", {ORPHAN!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_launch_has_started_ends_with_it():
+    """`test_pipeline` has the same of a whole job, in the full run."""
+    command = [sys.executable, "-c", LAUNCHER]
+    launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)
+    child = psutil.Process(int(launcher.stdout.readline()))
+    assert child.is_running()
+    launcher.kill()
+    launcher.wait()
+    child.wait(timeout=20)
 
 
 def test_the_first_failure_ends_all_and_is_shown(script, tmp_path):

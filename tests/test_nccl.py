@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 
+import pytest
 from launch import TESTS, command, environment
 
 from r1kern import nccl
@@ -23,6 +24,7 @@ def test_what_is_set_already_is_kept(monkeypatch, tmp_path):
     assert [os.environ[name] for name in names] == ["1", "1", f"{tmp_path}/rank_"]
 
 
+@pytest.mark.full
 def test_a_hang_leaves_the_collectives_of_the_rank_that_waited(tmp_path):
     folder = tmp_path / "collectives"
     done = subprocess.run(

@@ -277,6 +277,7 @@ launch(["sft", *sys.argv[1:]], processes=2)
 """
 
 
+@pytest.mark.full
 def test_a_killed_launcher_takes_its_processes_along(tmp_path):
     """They would go on writing into the folder that the next start takes up."""
     from r1kern.data.cold_start import write_cold_start

@@ -322,6 +322,7 @@ def test_a_checkpoint_has_both_models_and_goes_on_bit_equal(truth, layouts):
         assert found["versions"] == [2, 2]
 
 
+@pytest.mark.full
 def test_a_checkpoint_before_the_first_update(world, folder, tmp_path):
     """As of a policy that waits for its critic."""
     from workers.ppo import build, prepare, update

@@ -109,6 +109,7 @@ def test_every_norm_linear_and_attention_of_the_spec_is_replaced(te, tmp_path):
 
 
 @no_gpu
+@pytest.mark.full
 def test_megatron_without_it_builds_where_its_cpu_patches_are_not_installed():
     # As on a GPU: there the CPU's patches are absent, and so may Transformer Engine be.
     program = (

@@ -46,7 +46,8 @@ def refuse_fp8(
 
 
 def _ragged(hf: PretrainedConfig, model: Model, tp: int) -> list[str]:
-    """The weights, cut for a rank, that are no multiple of a block."""
+    """The weights, cut for a rank, that the kernels cannot take: columns, and rows of experts or
+    of gate and up, that are no multiple of a block.  Other rows are padded (`model.fp8`)."""
     shapes = hf_shapes(hf, mtp=model.mtp_coef > 0)
     splits = hf_splits(shapes)
     found = {}
@@ -54,7 +55,8 @@ def _ragged(hf: PretrainedConfig, model: Model, tp: int) -> list[str]:
         if not is_quantised(name) or not (model.fp8_linears or ".experts." in name):
             continue
         size = [n // tp if i == splits[name] else n for i, n in enumerate(shape)]
-        if any(n % BLOCK for n in size):
+        padded = not re.search(r"\.experts\.|gate_proj|up_proj", name)
+        if size[1] % BLOCK or (size[0] % BLOCK and not padded):
             stem = re.sub(r"model\.layers\.\d+\.|(?<=experts)\.\d+|\.weight", "", name)
             found[stem] = f"{stem} is {size[0]} x {size[1]} on a rank"
     if not found:

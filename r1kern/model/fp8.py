@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from r1kern import ops
 from r1kern.config import Model
 from r1kern.kernels.fp8_quantize import quantize
+from r1kern.kernels.fp8_reference import BLOCK
 from r1kern.ops.fp8 import lost
 
 
@@ -53,28 +55,29 @@ class Weights:
         self.made: ops.QuantizedWeights | None = None
         self.counts: torch.Tensor | None = None  # int64 [3]: values, lost to 0, NaN
         self.counting = False
+        self.whole_blocks = torch.cuda.is_available()  # what the kernels of the device take
 
-    def of(self, weights: Sequence[torch.Tensor]) -> ops.QuantizedWeights:
+    def of(self, weights: Sequence[torch.Tensor], trained: bool) -> ops.QuantizedWeights:
         """The codes of `weights`, E of [N, K]; transposed too where they are trained."""
         if self.made is None:
             self.made = ops.quantize_weights(
-                weights,
-                parts=self.parts,
-                power_of_two=self.power_of_two,
-                transposed=weights[0].requires_grad,
+                weights, parts=self.parts, power_of_two=self.power_of_two, transposed=trained
             )
         return self.made
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], see `ops.fp8_linear`."""
-        grads = main_grads([weight])
+        rows, trained = len(weight), weight.requires_grad
+        if self.whole_blocks and rows % BLOCK:  # in V3 the 576 of kv_a_proj_with_mqa alone
+            weight = F.pad(weight, (0, 0, 0, -rows % BLOCK))
+        grads = main_grads([weight])  # None where padded: its gradient takes autograd's way
         out = ops.fp8_linear(
             x,
             weight,
-            self.of([weight]),
+            self.of([weight], trained),
             power_of_two=self.power_of_two,
             grad=grads and grads[0],
-        )
+        )[..., :rows]
         self.count([weight], x, out)
         return out
 

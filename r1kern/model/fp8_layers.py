@@ -39,8 +39,8 @@ class FP8Experts(TEGroupedMLP):
             offsets,
             fc1,
             fc2,
-            self.fp8_fc1.of(fc1),
-            self.fp8_fc2.of(fc2),
+            self.fp8_fc1.of(fc1, fc1[0].requires_grad),
+            self.fp8_fc2.of(fc2, fc2[0].requires_grad),
             power_of_two=self.config.fp8_blockwise.power_of_two,
             grads=main_grads([*fc1, *fc2]),
         )
