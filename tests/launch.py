@@ -30,19 +30,30 @@ def command(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
     return [*launcher, *options, *map(str, arguments)]
 
 
-def environment() -> dict[str, str]:
+def environment(*, compiled: bool = False) -> dict[str, str]:
+    """Of the tests' processes.
+
+    Args:
+        compiled: vLLM's sampler has a small function compiled, as users' runs do: some seconds of
+            a C++ compiler in each process.
+    """
     # A run within this process may have set where its collectives are recorded.
     own = {name: value for name, value in os.environ.items() if name != nccl.DUMP}
-    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
+    own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
+    return own if compiled else own | {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def genuine_torchrun(
-    processes: int, *arguments: str, restarts: int = 0, timeout_s: float = 600
+    processes: int,
+    *arguments: str,
+    restarts: int = 0,
+    timeout_s: float = 600,
+    compiled: bool = False,
 ) -> None:
     """A failing worker fails the test with its output."""
     done = subprocess.run(
         command(processes, *arguments, restarts=restarts),
-        env=environment(),
+        env=environment(compiled=compiled),
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -12,10 +12,6 @@ _nowhere = os.open(os.devnull, os.O_WRONLY)
 os.dup2(_nowhere, 1)
 os.dup2(_nowhere, 2)
 
-# vLLM's sampler has one small function compiled, which takes each process some seconds of a C++
-# compiler; runs in fresh interpreters (`launch.genuine_torchrun`) do compile it.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
 from r1kern import megatron_cpu  # noqa: E402
 
 MODULES = """

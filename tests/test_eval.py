@@ -88,7 +88,6 @@ def test_bad_input_is_one_line(work, capfd):
     assert not (work / "run").exists()
 
 
-@pytest.mark.full
 def test_killed_and_resumed_it_is_the_run_that_was_not(work, caplog):
     """SIGKILL in the middle; this process samples the rest, and nothing whole a second time."""
     process = Forked(["-m", "r1kern", "eval", str(work / "eval.yaml")], environment())

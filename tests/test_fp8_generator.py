@@ -44,7 +44,7 @@ def test_generator_and_trainer_quantise_identically(world, tmp_path, scales):
     values = dict(fp8.emulate(bucket, power_of_two=scales == "power_of_two"))
     compared = set()
     for layer, weights, side in codes_of(policy.model):
-        made = side.of(weights)
+        made = side.of(weights, True)
         for i, (codes, scale) in enumerate(zip(made.codes, made.scales, strict=True)):
             stem = f"{layer}.weight{i}" if len(weights) > 1 else f"{layer}.weight"
             parts = names[stem]

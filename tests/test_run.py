@@ -62,7 +62,7 @@ def arguments(model, folder, *more) -> list[str]:
 def whole(model, tmp_path_factory):
     """An uninterrupted run with a KL term and two updates a batch, in fresh interpreters."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    genuine_torchrun(2, WORKER, "-", *arguments(model, folder, *OPTIONS))
+    genuine_torchrun(2, WORKER, "-", *arguments(model, folder, *OPTIONS), compiled=True)
     return folder
 
 
