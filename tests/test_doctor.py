@@ -165,6 +165,7 @@ def test_a_question_that_a_gpu_does_not_answer_is_noted():
     assert "Not Supported" in check.found
 
 
+@pytest.mark.full
 def test_the_all_reduce_of_two_processes():
     check = gpus.allreduce(mib=1)
     assert check.ok is True

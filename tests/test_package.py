@@ -51,6 +51,7 @@ def wheel(tmp_path_factory):
     return built
 
 
+@pytest.mark.full
 def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
     flags = ["--no-deps", "--no-index", "--target", site]
@@ -73,6 +74,7 @@ print(distribution("r1kern").version, r1kern.__version__, ours.name, ours.value)
     assert printed == [r1kern.__version__, r1kern.__version__, "r1kern", "r1kern.cli:main"]
 
 
+@pytest.mark.full
 def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if ".dist-info/" not in name and not name.endswith(".so")}

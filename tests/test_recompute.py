@@ -37,6 +37,7 @@ def found(tmp_path_factory):
     return {run: torch.load(folder / f"{run.replace(',', '_')}.pt") for run in runs}
 
 
+@pytest.mark.full
 def test_updates_are_the_same(found):
     """The forward bit for bit; gradients but for the order in which the embedding's are added."""
     for run, result in found.items():
@@ -51,6 +52,7 @@ def test_updates_are_the_same(found):
         assert result["counts"].equal(plain["counts"]), run  # no token counted twice
 
 
+@pytest.mark.full
 def test_less_is_saved_for_the_backward(found):
     saved = {run: result["saved_bytes"] for run, result in found.items()}
     for run, size in saved.items():

@@ -64,6 +64,7 @@ def test_ranks_with_different_options(train):
         assert "optim.lr is 2e-06 on rank 1 and 1e-06 on rank 0" in line
 
 
+@pytest.mark.full
 def test_a_killed_rank_ends_the_job_that_torchrun_keeps(tmp_path):
     """SIGKILL, as the kernel does when memory runs out."""
     with subprocess.Popen(
