@@ -1,9 +1,10 @@
 """The public fused ops: plain tensors in, plain tensors out.
 
 `torch.library` dispatches them by device: each custom op (in `r1kern.kernels`) has a CPU kernel
-(C++ between torch's matrix products), a CUDA kernel (Triton), a fake kernel (FakeTensor,
-torch.compile, dry runs) and an autograd formula.  `r1kern.kernels.reference` says the same things
-naively and is the truth they are tested against.
+(C++ between torch's matrix products), a CUDA kernel (Triton; of the FP8 products CUDA C++ too), a
+fake kernel (FakeTensor, torch.compile, dry runs) and an autograd formula, which for FP8 is that of
+the whole block (`ops.fp8`).  `r1kern.kernels.reference` and `fp8_reference` say the same things
+naively and are the truth they are tested against.
 
 Every function raises `UserError` (a `ValueError`) of one line for arguments that do not fit.
 """
