@@ -85,8 +85,8 @@ def library(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rows(library):
-    file = library.with_suffix(".json")
+def rows(library, tmp_path_factory):
+    file = tmp_path_factory.mktemp("resources") / "rows.json"
     done = python(BENCHMARKS / "hopper_resources.py", library, "--json", file)
     assert file.exists(), done.stderr
     return json.loads(file.read_text())

@@ -33,8 +33,12 @@ class Launch {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)),
           "asking for shared memory");
-    kernel<<<blocks_, threads, shared, stream_>>>(args...);
-    check(cudaGetLastError(), "launching the kernel");
+    cudaLaunchConfig_t config = {};
+    config.gridDim.x = static_cast<unsigned>(blocks_);
+    config.blockDim.x = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, args...), "launching the kernel");
   }
 
  private:

@@ -99,10 +99,18 @@ __device__ __forceinline__ void release(S& shared, const Slot& slot) {
   if (threadIdx.x % 32 == 0) ptx::barrier_arrive(&shared.empty[slot.stage]);
 }
 
+// The matrix descriptor of K-major rows of 128 bytes, swizzled by 128 bytes, from a start that is
+// a multiple of 1024: groups of 8 rows lie 1024 bytes apart.  Adding 2 moves it by 32 bytes.
+__device__ __forceinline__ std::uint64_t descriptor(const void* rows) {
+  constexpr std::uint64_t swizzle_128 = 1ull << 62, stride = (1024ull >> 4) << 32;
+  constexpr std::uint64_t leading = 1ull << 16;  // not read in swizzled K-major layouts
+  return swizzle_128 | stride | leading | ((ptx::shared_address(rows) & 0x3FFFF) >> 4);
+}
+
 // part[64 x 128] = the warpgroup's 64 rows of `a` times 128 rows of `b`, over a stage's depth.
 __device__ __forceinline__ void multiply(float (&part)[64], const std::uint8_t* a,
                                          const std::uint8_t* b) {
-  const std::uint64_t from_a = ptx::descriptor(a), from_b = ptx::descriptor(b);
+  const std::uint64_t from_a = descriptor(a), from_b = descriptor(b);
   ptx::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < DEPTH / 32; ++i) ptx::wgmma(part, from_a + 2 * i, from_b + 2 * i, i > 0);

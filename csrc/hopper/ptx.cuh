@@ -78,14 +78,6 @@ __device__ __forceinline__ void load(void* to, const CUtensorMap* map, std::uint
 
 // wgmma
 
-// The matrix descriptor of K-major rows of 128 bytes, swizzled by 128 bytes, from a start that is
-// a multiple of 1024: groups of 8 rows lie 1024 bytes apart.  Adding 2 moves it by 32 bytes.
-__device__ __forceinline__ std::uint64_t descriptor(const void* rows) {
-  constexpr std::uint64_t swizzle_128 = 1ull << 62, stride = (1024ull >> 4) << 32;
-  constexpr std::uint64_t leading = 1ull << 16;  // not read in swizzled K-major layouts
-  return swizzle_128 | stride | leading | ((shared_address(rows) & 0x3FFFF) >> 4);
-}
-
 // Orders what the threads did to the accumulators before the wgmma that follow.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
