@@ -27,7 +27,7 @@ from r1kern import distributed
 from r1kern.config import Model, Optim, Parallel
 from r1kern.errors import UserError
 from r1kern.hf.fp8_fit import refuse_fp8
-from r1kern.model.fp8 import Precision, Weights
+from r1kern.model.fp8 import Precision, Weights, finish_counting
 from r1kern.types import Sequence
 
 # Cut in two by tensor parallelism, every linear still has whole blocks.
@@ -151,6 +151,14 @@ def test_gradients_are_those_of_float32_within_the_noise_of_fp8(
     assert whole < cosine(*flat) < 0.99999
     assert metrics["fp8_nan"] == 0
     assert 0 < metrics["fp8_underflow"] < 1e-3
+
+
+def test_codes_that_are_nan_are_counted(world, folder):
+    policy = build(world, folder / "dense", ALL)
+    policy.model.decoder.layers[-1].mlp.linear_fc1.weight.data[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        update(policy)
+    assert finish_counting(policy.model)["fp8_nan"] > 1  # the weight's, and what came of it
 
 
 def test_recomputation_gives_the_same_gradients(world, folder):
