@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
-from r1kern import ops
 from r1kern.config import RecomputedPart
 from r1kern.errors import UserError
 from r1kern.model import fp8
 from r1kern.model.recompute import recompute_fields
+from r1kern.plan.balanced import balanced
 from r1kern.plan.random_state import without_random_states
 from r1kern.plan.trace import SavedBytes, Trace, Work
 
@@ -253,7 +253,7 @@ def measure(
         model = build_stage(small, layout, dtype, precision=precision, **_selective(recompute))
         for module in list(model.modules()):
             if hasattr(module, "token_dispatcher"):
-                module.token_dispatcher = _balanced(module.token_dispatcher)
+                module.token_dispatcher = balanced(module.token_dispatcher)
         for parameter in model.parameters():  # Megatron's buffers, counted as "gradients"
             parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
         pieces = {"embedding": model.embedding, "final": model.decoder.final_layernorm}
@@ -345,9 +345,10 @@ def _call(piece, args, kwargs):
 
 
 def _cost(module, forward) -> Cost:
-    """Forward without gradient, then with it and the backward; FP8 codes are there before."""
-    with torch.no_grad():
-        forward()
+    """Forward without gradient, then with it and the backward.
+
+    FP8 codes are there before, from the model's call (`_calls`) or the forward without gradient.
+    """
     with torch.no_grad(), Trace() as bare:
         forward()
     saved = SavedBytes(module)
@@ -377,35 +378,3 @@ def _cost(module, forward) -> Cost:
 def _drop(parameter) -> None:
     """A gradient is added to the gradient buffer and freed as soon as it is there."""
     parameter.grad = None
-
-
-def _balanced(dispatcher):
-    """The dispatcher with equal counts of rows for every expert, known to the host."""
-    from r1kern.model import dispatch
-
-    class Balanced(dispatch.Dispatcher):
-        """Every expert of every rank gets the same number of rows."""
-
-        def token_dispatch(self, rows, weights):
-            ranks, experts = self.ep_size, self.num_local_experts
-            with unset_fake_temporarily():
-                even = torch.arange(ranks * experts + 1) * len(rows) // (ranks * experts)
-                self.by_source = even.diff().view(ranks, experts)
-                self.sent = self.arrived = self.by_source.sum(1).tolist()
-            return (
-                dispatch.all_to_all(self.ep_group, x, self.arrived, self.sent)
-                for x in (rows, weights)
-            )
-
-        def dispatch_postprocess(self, rows, weights):
-            with unset_fake_temporarily():
-                self.by_expert = dispatch._regrouped(self.by_source, rows.device)
-                rows_per_expert = self.by_source.sum(0)
-            if self.by_expert is not None:
-                rows = ops.permute(rows, self.by_expert)
-                weights = ops.permute(weights[:, None], self.by_expert)[:, 0]
-            return rows, rows_per_expert, weights
-
-    balanced = copy.copy(dispatcher)
-    balanced.__class__ = Balanced
-    return balanced

@@ -46,7 +46,7 @@ class Found:
 def nearest(plan: Plan, hf, *, most: int = 3) -> list[Found]:
     """Layouts that fit, those with fewest changes first, then by modelled step time."""
     found = []
-    for width in _widths(plan, hf):
+    for width in widths(plan, hf):
         measured = _measure(plan, hf, width)
         for layout, rows in _candidates(plan, hf, width):
             other = _replanned(plan, layout, rows, _with_ep(measured, layout.ep, plan, rows))
@@ -64,7 +64,8 @@ def _with_own_sync(found: Found, hf) -> Found:
     return replace(found, plan=_assembled(plan, plan.config, plan.layout, plan.costs, sync))
 
 
-def _widths(plan: Plan, hf) -> list[int]:
+def widths(plan: Plan, hf) -> list[int]:
+    """Tensor-parallel sizes that the model and its precision can be cut into."""
     sizes = (hf.num_attention_heads, hf.num_key_value_heads, hf.vocab_size, hf.intermediate_size)
     return [
         w
