@@ -1,4 +1,4 @@
-"""Balanced routing: the counts of rows per expert, which the host must know and fake tensors lack."""
+"""Balanced routing: the rows of every expert, which the host must know and fake tensors lack."""
 
 from __future__ import annotations
 
