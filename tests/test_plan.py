@@ -39,7 +39,8 @@ LONG_512 = "+".join(
 TOO_LONG = "moonlight_16b_8gpu+train.tokens_per_microbatch=65536"
 
 WITH_MTP = "r1_671b_256+model.mtp_coef=0.1"
-CONFIGS = ["r1_671b_96", "r1_671b_128", "r1_671b_256", "r1_671b_512", LONG_512, WITH_MTP]
+IN_FP8 = "r1_671b_256+model.precision=fp8_blockwise+model.fp8_linears=true"
+CONFIGS = ["r1_671b_96", "r1_671b_128", "r1_671b_256", "r1_671b_512", LONG_512, WITH_MTP, IN_FP8]
 CONFIGS += ["moonlight_16b_8gpu", "qwen2.5_7b_8gpu", "gsm8k_1gpu", TOO_LONG]
 
 
@@ -215,11 +216,110 @@ def test_the_picture_is_drawn_to_scale(plans):
     assert "planned, not measured" in made["picture"] and "H100" in made["picture"]
 
 
-def test_memory_of_a_real_update_is_foretold_within_a_tenth(output):
-    (figures,) = printed(output, "DEMO")
-    assert set(figures["measured"]) == {"weights", "gradients", "optimizer", "activations"}
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_memory_of_a_real_update_is_foretold_within_a_tenth(output, in_fp8):
+    figures = printed(output, "DEMO")[in_fp8]
+    parts = {"weights", "gradients", "optimizer", "activations", "FP8 codes"}
+    assert set(figures["measured"]) == parts
+    assert (figures["measured"]["FP8 codes"] > 0) == in_fp8
     for name, measured in figures["measured"].items():
         assert figures["planned"][name] == pytest.approx(measured, rel=0.1), name
+
+
+# A layer of DeepSeek-V3, TP2 x EP8: T tokens, half of them on a rank, R rows at 32 experts, which
+# FP8 pads for the weights' gradients.
+T, H, WIDTH, LOCAL = 2048, 7168, 2048, 32
+R = T // 2 * 8
+PADDED = R + LOCAL * 127 // 128 * 128
+
+
+def columns(*sizes: int) -> int:
+    """Bytes of FP8 codes [K, P] and of a float32 scale for each 128 of a column."""
+    return sum(size + size // 128 * 4 for size in sizes)
+
+
+def test_what_fp8_keeps_for_the_backward_is_as_counted_by_hand(output):
+    (costs,) = printed(output, "LAYER")
+    bf16, experts, linears = (costs[name]["saved"] for name in ("bf16", "experts", "linears"))
+    # fc1's product and the probabilities stay; silu(gate), up, their product and fc2's input go.
+    gone = 2 * R * (H + 4 * WIDTH)
+    kept = columns(PADDED * H, PADDED * WIDTH) + 8 * (LOCAL + 1)
+    assert bf16 - experts == gone - kept
+    # Both down projections have one input; Megatron keeps this rank's rows, FP8 gathered ones.
+    own, whole = H + 1536 + 512 + H, 128 * 128 // 2 + WIDTH // 2
+    gone = 2 * (own * T // 2 + whole * T)
+    kept = columns(2 * H * T // 2, (1536 + 512 + H + whole) * T) + 7 * 8 * 2
+    assert experts - linears == gone - kept
+
+
+def test_codes_of_weights_are_counted_once(output):
+    (costs,) = printed(output, "LAYER")
+    blocks = 2 + 4 / 128**2  # two codes of each weight and a scale
+    assert costs["bf16"]["codes"] == 0
+    assert costs["experts"]["codes"] == blocks * LOCAL * 3 * H * WIDTH
+    for name in ("experts", "linears"):  # nothing as large as they are beside activations
+        assert costs[name]["working"] - costs["bf16"]["working"] < costs[name]["codes"] / 4
+        assert costs[name]["forward_peak"] <= costs["bf16"]["forward_peak"]
+
+
+def test_products_in_fp8_are_those_in_bfloat16_without_padding(output):
+    (costs,) = printed(output, "LAYER")
+    products = 2 * R * 3 * H * WIDTH
+    for way, times in (("forward", 1), ("backward", 2)):
+        bf16, experts, linears = (costs[name][way] for name in ("bf16", "experts", "linears"))
+        assert bf16["fp8_flops"] == 0
+        assert experts["fp8_flops"] == times * products
+        assert experts["flops"] == bf16["flops"] - times * products
+        # On a machine with a GPU the 576 rows of a down projection are padded to 640.
+        total = linears["flops"] + linears["fp8_flops"]
+        assert total == pytest.approx(bf16["flops"], rel=1e-3)
+        router = times * 2 * T // 2 * H * 256
+        assert linears["flops"] == router
+        assert experts["moved"] < bf16["moved"] and experts["kernels"] < bf16["kernels"]
+
+
+def test_an_update_in_fp8_is_faster_and_not_more_than_twice(plans):
+    plan, plain = plans[IN_FP8]["plan"], plans["r1_671b_256"]["plan"]
+    for phase in ("update", "reference log-probs"):
+        before, after = (p["modelled_seconds"][phase] for p in (plain, plan))
+        assert before / 2 < after < 0.9 * before, phase
+    for phase in ("rollout", "sync", "sleep and wake"):
+        assert plan["modelled_seconds"][phase] == plain["modelled_seconds"][phase]
+    work, before = (p["flops_per_microbatch_and_stage"] for p in (plan, plain))
+    assert before["fp8_products"] == 0
+    assert sum(work.values()) == pytest.approx(sum(before.values()), rel=1e-3)
+    assert "matrix products in FP8" in plans[IN_FP8]["text"]
+    assert "FP8" not in plans["r1_671b_256"]["text"]
+    stage, phases = plan["stages"][1], plan["bytes_per_gpu"][1]
+    parameters = stage["dense"] + stage["expert"]
+    assert phases["update"]["FP8 codes"] == pytest.approx(2 * parameters, rel=0.01)
+    assert "FP8 codes" not in phases["rollout"]
+
+
+def test_the_figures_of_fp8_in_the_docs_are_the_plan_s(plans):
+    text = (ROOT / "docs" / "plan.md").read_text()
+    both = [plans[item]["plan"] for item in ("r1_671b_256", IN_FP8)]
+    updates = [max((p["update"] for p in plan["bytes_per_gpu"]), key=sum_all) for plan in both]
+    rows = {
+        "GiB of a GPU in an update, planned": [sum_all(u) / 2**30 for u in updates],
+        "of that, codes of the weights": [u["FP8 codes"] / 2**30 for u in updates],
+        "s of an update, modelled": [p["modelled_seconds"]["update"] for p in both],
+        "s of reference log-probs, modelled": [
+            p["modelled_seconds"]["reference log-probs"] for p in both
+        ],
+    }
+    for name, (bf16, fp8) in rows.items():
+        assert f"| {name} | {bf16:.1f} | {fp8:.1f} |" in text, name
+
+
+def sum_all(parts: dict) -> float:
+    return sum(parts.values())
+
+
+def test_the_search_takes_widths_that_fp8_can_be_cut_into(plans):
+    """Moonlight's shared experts, 2816 wide, are no whole blocks on four ranks."""
+    assert plans["moonlight_16b_8gpu"]["fp8_widths"] == [1, 2]
+    assert plans["r1_671b_256"]["fp8_widths"] == [1, 2, 4, 8]
 
 
 def test_the_back_test_in_the_docs_is_what_the_model_gives(output):

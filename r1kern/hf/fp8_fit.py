@@ -38,16 +38,18 @@ def refuse_fp8(
     if "moe_act" in recompute and not is_dense(hf):
         lines.append("FP8 experts keep no activation to leave out: take moe_act out of recompute")
     if device == "cuda":
-        lines += _ragged(hf, model, parallel.tp)
+        lines += ragged(hf, model, parallel.tp)
     if lines:
         raise UserError(
             f"model.precision=fp8_blockwise: {'; '.join(lines)}; or set model.precision=dtype"
         )
 
 
-def _ragged(hf: PretrainedConfig, model: Model, tp: int) -> list[str]:
-    """The weights, cut for a rank, that the kernels cannot take: columns, and rows of experts or
-    of gate and up, that are no multiple of a block.  Other rows are padded (`model.fp8`)."""
+def ragged(hf: PretrainedConfig, model: Model, tp: int) -> list[str]:
+    """The weights, cut for a rank, that a GPU's kernels cannot take: columns, and rows of experts
+    or of gate and up, that are no multiple of a block.  Other rows are padded (`model.fp8`)."""
+    if model.precision == "dtype":
+        return []
     shapes = hf_shapes(hf, mtp=model.mtp_coef > 0)
     splits = hf_splits(shapes)
     found = {}

@@ -121,6 +121,12 @@ def forget(model: torch.nn.Module) -> None:
         weights.made = None
 
 
+def codes_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights' codes and scales that are kept at this moment."""
+    made = [weights.made for weights in _all(model) if weights.made is not None]
+    return sum(x.nbytes for m in made for x in (m.codes, m.codes_t, m.scales))
+
+
 def start_counting(model: torch.nn.Module) -> None:
     """Count what FP8 loses in the first micro-batch with a gradient."""
     for weights in _all(model):

@@ -242,7 +242,8 @@ def _weight_grads(weights, columns, input_columns, offsets, grads) -> list[Tenso
     """What autograd is to bring the weights; the true gradients where `grads` is None."""
     if grads is not None:
         grouped_wgrad(*columns, *input_columns, offsets, list(grads))
-        return [torch.empty_like(weight) for weight in weights]
+        unread = torch.empty_like(weights[0])  # one for all: E of them are the weights' bytes again
+        return [unread.detach() for _ in weights]
     like = weights[0]
     whole = torch.zeros(len(weights), *like.shape, dtype=torch.float32, device=like.device)
     grads = list(whole.unbind())

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
-from r1kern import ops
 from r1kern.config import RecomputedPart
 from r1kern.errors import UserError
+from r1kern.model import fp8
 from r1kern.model.recompute import recompute_fields
+from r1kern.plan.balanced import balanced
 from r1kern.plan.random_state import without_random_states
 from r1kern.plan.trace import SavedBytes, Trace, Work
 
@@ -80,6 +81,7 @@ class Cost:
         working: further bytes at the peak of forward and backward.
         forward_peak: bytes at the peak of a forward without gradient.
         forward, backward: work of each pass, recomputation in the backward.
+        codes: bytes of the weights' FP8 codes, kept between updates; in no figure above.
     """
 
     dense: int
@@ -89,17 +91,15 @@ class Cost:
     forward_peak: int
     forward: Work
     backward: Work
+    codes: float = 0
 
     def recomputed(self, input_bytes: int) -> Cost:
         """The same piece when only its input is kept and the forward runs again."""
-        return Cost(
-            self.dense,
-            self.expert,
-            input_bytes,
-            self.saved + self.working,
-            self.forward_peak,
-            self.forward,
-            self.backward + self.forward,
+        return replace(
+            self,
+            saved=input_bytes,
+            working=self.saved + self.working,
+            backward=self.backward + self.forward,
         )
 
     def in_updates_only(self) -> Cost:
@@ -144,7 +144,14 @@ def fake_world(layout: Layout, rank: int):
         sys.excepthook = excepthook  # torch.distributed wraps it once for every world
 
 
-def build_stage(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, **overrides):
+def build_stage(
+    hf: PretrainedConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    precision: fp8.Precision | None = None,
+    **overrides,
+):
     """This rank's pipeline stage, with what the configuration has of multi-token prediction.
 
     Call it within `fake_world`.
@@ -164,7 +171,7 @@ def build_stage(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, **over
         **overrides,
     )
     positions = hf.max_position_embeddings
-    return build_model(config, vocab_size=hf.vocab_size, max_positions=positions)
+    return build_model(config, vocab_size=hf.vocab_size, max_positions=positions, fp8=precision)
 
 
 def stage_parameters(hf: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> list[Stage]:
@@ -219,6 +226,7 @@ def measure(
     length: int,
     dtype: torch.dtype,
     recompute: list[RecomputedPart] = (),
+    precision: fp8.Precision | None = None,
 ) -> dict[str, Cost]:
     """Costs of one layer of each kind, of the embedding and of the final norm.
 
@@ -227,6 +235,7 @@ def measure(
         rows: packed rows of a micro-batch.
         length: rows of each sequence in it.
         recompute: see `config.Train`.
+        precision: what is computed in FP8.
 
     Returns:
         "embedding", "dense" and "moe" layer (those the model has), "final": the norm and the gather
@@ -241,10 +250,12 @@ def measure(
     layout = Layout(tp * ep, tp, ep, 1, (len(kinds),))
     packing, tokens, positions = _micro_batch(rows, length)
     with fake_world(layout, 0):
-        model = build_stage(small, layout, dtype, **_selective(recompute))
+        model = build_stage(small, layout, dtype, precision=precision, **_selective(recompute))
         for module in list(model.modules()):
             if hasattr(module, "token_dispatcher"):
-                module.token_dispatcher = _balanced(module.token_dispatcher)
+                module.token_dispatcher = balanced(module.token_dispatcher)
+        for parameter in model.parameters():  # Megatron's buffers, counted as "gradients"
+            parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
         pieces = {"embedding": model.embedding, "final": model.decoder.final_layernorm}
         pieces |= dict(zip(kinds, model.decoder.layers, strict=True))
         calls = _calls(pieces, lambda: model(tokens, positions, None, packed_seq_params=packing))
@@ -334,7 +345,10 @@ def _call(piece, args, kwargs):
 
 
 def _cost(module, forward) -> Cost:
-    """Forward without gradient, then with it and the backward."""
+    """Forward without gradient, then with it and the backward.
+
+    FP8 codes are there before, from the model's call (`_calls`) or the forward without gradient.
+    """
     with torch.no_grad(), Trace() as bare:
         forward()
     saved = SavedBytes(module)
@@ -357,41 +371,10 @@ def _cost(module, forward) -> Cost:
         forward_peak=bare.peak,
         forward=work,
         backward=trace.work,
+        codes=fp8.codes_bytes(module),
     )
 
 
 def _drop(parameter) -> None:
     """A gradient is added to the gradient buffer and freed as soon as it is there."""
     parameter.grad = None
-
-
-def _balanced(dispatcher):
-    """The dispatcher with equal counts of rows for every expert, known to the host."""
-    from r1kern.model import dispatch
-
-    class Balanced(dispatch.Dispatcher):
-        """Every expert of every rank gets the same number of rows."""
-
-        def token_dispatch(self, rows, weights):
-            ranks, experts = self.ep_size, self.num_local_experts
-            with unset_fake_temporarily():
-                even = torch.arange(ranks * experts + 1) * len(rows) // (ranks * experts)
-                self.by_source = even.diff().view(ranks, experts)
-                self.sent = self.arrived = self.by_source.sum(1).tolist()
-            return (
-                dispatch.all_to_all(self.ep_group, x, self.arrived, self.sent)
-                for x in (rows, weights)
-            )
-
-        def dispatch_postprocess(self, rows, weights):
-            with unset_fake_temporarily():
-                self.by_expert = dispatch._regrouped(self.by_source, rows.device)
-                rows_per_expert = self.by_source.sum(0)
-            if self.by_expert is not None:
-                rows = ops.permute(rows, self.by_expert)
-                weights = ops.permute(weights[:, None], self.by_expert)[:, 0]
-            return rows, rows_per_expert, weights
-
-    balanced = copy.copy(dispatcher)
-    balanced.__class__ = Balanced
-    return balanced

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from r1kern.config import Parallel
+from r1kern.hf.fp8_fit import ragged
 from r1kern.hf.layout import stage_layers
 from r1kern.model.sync_plan import SyncPlan
 from r1kern.plan.dry import Cost, Layout, Stage
@@ -45,7 +46,7 @@ class Found:
 def nearest(plan: Plan, hf, *, most: int = 3) -> list[Found]:
     """Layouts that fit, those with fewest changes first, then by modelled step time."""
     found = []
-    for width in _widths(plan, hf):
+    for width in widths(plan, hf):
         measured = _measure(plan, hf, width)
         for layout, rows in _candidates(plan, hf, width):
             other = _replanned(plan, layout, rows, _with_ep(measured, layout.ep, plan, rows))
@@ -63,9 +64,16 @@ def _with_own_sync(found: Found, hf) -> Found:
     return replace(found, plan=_assembled(plan, plan.config, plan.layout, plan.costs, sync))
 
 
-def _widths(plan: Plan, hf) -> list[int]:
+def widths(plan: Plan, hf) -> list[int]:
+    """Tensor-parallel sizes that the model and its precision can be cut into."""
     sizes = (hf.num_attention_heads, hf.num_key_value_heads, hf.vocab_size, hf.intermediate_size)
-    return [w for w in WIDTHS if w <= plan.layout.world and not any(size % w for size in sizes)]
+    return [
+        w
+        for w in WIDTHS
+        if w <= plan.layout.world
+        and not any(size % w for size in sizes)
+        and not ragged(hf, plan.config.model, w)
+    ]
 
 
 def _measure(plan: Plan, hf, width: int) -> dict[str, Cost]:
@@ -104,6 +112,7 @@ def _with_ep(costs: dict[str, Cost], ep: int, plan: Plan, rows: int) -> dict[str
         }
         return Work(
             w.flops * share,
+            w.fp8_flops * share,
             w.attention_flops * share,
             w.moved * share,
             w.kernels,
@@ -111,9 +120,14 @@ def _with_ep(costs: dict[str, Cost], ep: int, plan: Plan, rows: int) -> dict[str
             Counter({key: calls for key, (_, calls) in ranks.items()}),
         )
 
+    def codes(c: Cost) -> float:
+        """Two for each expert's parameter that is elsewhere now."""
+        return c.codes and c.codes - 2 * (c.expert - c.expert * measured_at // ep)
+
     return {
         name: replace(
             c,
+            codes=codes(c),
             expert=c.expert * measured_at // ep,
             saved=c.saved * share,
             working=c.working * share,

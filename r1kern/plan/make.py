@@ -16,6 +16,7 @@ from r1kern.hf.flops import ModelFlops, attention_head_dim
 from r1kern.hf.fp8_fit import refuse_fp8
 from r1kern.hf.layout import stage_layers
 from r1kern.hf.names import hf_shapes, hf_splits
+from r1kern.model.fp8 import Precision
 from r1kern.model.sync_plan import SyncPlan, plan_sync
 from r1kern.plan import dry, memory, steptime
 from r1kern.plan.dry import Cost, Layout, Stage
@@ -121,7 +122,7 @@ def make_plan(
             f"{config.rollout.max_tokens}: lower it or raise the budget"
         )
     machine = Machine(HARDWARE[hardware], Assumptions())
-    hf = model_as_built(config)
+    hf = model_as_built(config, device)
     layout = _layout(config, hf, world)
     longest = config.rollout.max_tokens
     lengths = Lengths(
@@ -135,7 +136,7 @@ def make_plan(
     return assemble(config, layout, machine, lengths, stages, costs, shapes, sync, device=device)
 
 
-def model_as_built(config: TrainConfig) -> PretrainedConfig:
+def model_as_built(config: TrainConfig, device: str = "cuda") -> PretrainedConfig:
     """The model's configuration, without multi-token prediction where it is not trained.
 
     Raises:
@@ -144,7 +145,7 @@ def model_as_built(config: TrainConfig) -> PretrainedConfig:
     hf = read_hf_config(config.model.path)
     refuse_moe_options(hf, config.model, config.experts)
     check_mtp(hf, config.model)
-    refuse_fp8(hf, config.model, config.parallel, recompute=config.train.recompute, device="cuda")
+    refuse_fp8(hf, config.model, config.parallel, recompute=config.train.recompute, device=device)
     if not config.model.mtp_coef:
         hf.num_nextn_predict_layers = 0
     return hf
@@ -207,6 +208,7 @@ def measured_costs(config, hf, layout: Layout, shapes: Shapes, lengths: Lengths)
         length=max(1, min(rows, math.ceil(lengths.total))),
         dtype=_dtype(config),
         recompute=config.train.recompute,
+        precision=Precision.of(config.model),
     )
     return costs | {"head": head_cost(shapes, layout.tp, rows)}
 
@@ -290,6 +292,7 @@ def as_json(plan: Plan) -> dict:
         "sync_bytes_of_a_rank": plan.sync.moved_bytes,
         "flops_per_microbatch_and_stage": {
             "products": work.flops,
+            "fp8_products": work.fp8_flops,
             "attention": work.attention_flops,
         },
         "collectives_per_microbatch_and_stage": [

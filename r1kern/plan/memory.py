@@ -114,18 +114,6 @@ def generator_weights(config: TrainConfig, shapes: Shapes) -> float:
     return shapes.parameters * itemsize / config.parallel.generator_tp
 
 
-def fp8_codes(config: TrainConfig, expert: float, linears: float) -> dict[str, float]:
-    """Codes of the weights that are multiplied in FP8, in two layouts; scales are next to nothing.
-
-    Args:
-        expert: parameters of routed experts.
-        linears: of the layers' other parts; norms and router, which have no codes, are few.
-    """
-    if config.model.precision == "dtype":
-        return {}
-    return {"FP8 codes": 2.0 * (expert + linears * config.model.fp8_linears)}
-
-
 def by_phase(
     config: TrainConfig,
     layout: Layout,
@@ -160,8 +148,7 @@ def by_phase(
     }
     lent = resident | ({"gradients": 0.0, "optimizer": 0.0} if away else {})
     kept = {} if asleep else generator
-    outside = shapes.vocab / layout.tp * shapes.hidden * ((stage_index == 0) + is_last)
-    codes = fp8_codes(config, stage.expert, stage.dense - outside)
+    codes = {"FP8 codes": sum(piece.codes for piece in pieces)}
 
     def head(gradient: bool) -> float:
         return logits_head(shapes, layout.tp, rows, device=device, gradient=gradient) * is_last

@@ -60,6 +60,7 @@ def step_seconds(
     scoring = (updates * count + layout.pp - 1) * forward
     own = [states(config, layout, stage, shapes.itemsize) for stage in stages]
     weights = max(s["weights"] for s in own)
+    codes = max(sum(piece.codes for piece in p) for p in pieces)
     swap = 2 * 2 * weights / _pcie(machine)  # reference in and out, each both ways
     return {
         "rollout": rollout_s(config, layout, shapes, lengths, machine),
@@ -67,7 +68,8 @@ def step_seconds(
         "reference log-probs": (scoring + swap) if config.grpo.beta > 0 else 0.0,
         "update": updates * (count + layout.pp - 1) * both
         + updates
-        * max(_finish_s(config, layout, s, o, machine) for s, o in zip(stages, own, strict=True)),
+        * max(_finish_s(config, layout, s, o, machine) for s, o in zip(stages, own, strict=True))
+        + updates * _quantise_s(codes, shapes, machine),
         "sync": sync_s(layout, sync, machine),
         "sleep and wake": _offload_s(config, own, machine),
     }
@@ -164,7 +166,7 @@ def _pass_s(
 def work_s(work: Work, machine: Machine) -> float:
     """Products, other operators and collectives one after another, or the host if it is slower."""
     gpu, assumed = machine.gpu, machine.assumed
-    products = work.flops / (gpu.bf16 * assumed.gemm)
+    products = (work.flops / gpu.bf16 + work.fp8_flops / gpu.fp8) / assumed.gemm
     attention = work.attention_flops / (gpu.bf16 * assumed.attention)
     rest = work.moved / (gpu.bandwidth * assumed.memory)
     exchange = sum(
@@ -191,6 +193,12 @@ def _finish_s(config, layout: Layout, stage: Stage, own: dict, machine: Machine)
             seconds + own["shard"] * 6 / _pcie(machine) + traffic * ranks / assumed.adam_bytes_per_s
         )
     return seconds + traffic / (gpu.bandwidth * assumed.memory)
+
+
+def _quantise_s(codes: float, shapes: Shapes, machine: Machine) -> float:
+    """FP8 codes of the new weights, each weight read once for its two."""
+    read = codes / 2 * shapes.itemsize
+    return (read + codes) / (machine.gpu.bandwidth * machine.assumed.memory)
 
 
 def _pcie(machine: Machine) -> float:

@@ -93,6 +93,8 @@ def _work(plan: Plan) -> Table:
         "amount",
     )
     table.add_row("matrix products", "", "", f"{work.flops / 1e12:.1f} TFLOP")
+    if work.fp8_flops:
+        table.add_row("matrix products in FP8", "", "", f"{work.fp8_flops / 1e12:.1f} TFLOP")
     table.add_row("attention", "", "", f"{work.attention_flops / 1e12:.1f} TFLOP")
     for (name, ranks), sent in sorted(work.traffic.items()):
         table.add_row(name, str(ranks), str(work.calls[name, ranks]), f"{sent / GiB:.2f} GiB")

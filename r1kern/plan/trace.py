@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from r1kern.kernels.fp8_reference import padded_rows
+
 ATTENTION = "_scaled_dot_product"
 FREE = {
     "view",
@@ -29,6 +31,9 @@ FREE = {
     "split",
     "select",
     "alias",
+    "empty",
+    "empty_like",
+    "new_empty",
 }
 
 
@@ -37,7 +42,8 @@ class Work:
     """What one pass did.
 
     Attributes:
-        flops: of matrix products.
+        flops: of matrix products in the model's dtype.
+        fp8_flops: of those in FP8.
         attention_flops: of attention's products, masked half left out.
         moved: bytes read and written by everything else.
         kernels: operators that launch something.
@@ -46,6 +52,7 @@ class Work:
     """
 
     flops: float = 0.0
+    fp8_flops: float = 0.0
     attention_flops: float = 0.0
     moved: float = 0.0
     kernels: int = 0
@@ -55,6 +62,7 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(
             self.flops + other.flops,
+            self.fp8_flops + other.fp8_flops,
             self.attention_flops + other.attention_flops,
             self.moved + other.moved,
             self.kernels + other.kernels,
@@ -64,12 +72,12 @@ class Work:
 
     def __mul__(self, times: int) -> Work:
         scaled = [Counter({k: v * times for k, v in c.items()}) for c in (self.traffic, self.calls)]
-        numbers = (self.flops, self.attention_flops, self.moved, self.kernels)
+        numbers = (self.flops, self.fp8_flops, self.attention_flops, self.moved, self.kernels)
         return Work(*(n * times for n in numbers), *scaled)
 
     @property
     def all_flops(self) -> float:
-        return self.flops + self.attention_flops
+        return self.flops + self.fp8_flops + self.attention_flops
 
 
 class Trace(TorchDispatchMode):
@@ -119,10 +127,12 @@ class Trace(TorchDispatchMode):
                 work.traffic[name.strip("_"), group] += size
                 work.calls[name.strip("_"), group] += 1
             return
-        if name in FREE or not outputs:
+        if name in FREE or not (outputs or name in FP8_FLOPS):
             return
         work.kernels += 1
-        if ATTENTION in name:
+        if name in FP8_FLOPS:
+            work.fp8_flops += FP8_FLOPS[name](*args)
+        elif ATTENTION in name:
             work.attention_flops += _attention_flops(name, args)
         elif function._overloadpacket in flop_registry:
             work.flops += flop_registry[function._overloadpacket](*args, **kwargs, out_val=out)
@@ -189,3 +199,18 @@ def _attention_flops(name: str, args) -> float:
     if "backward" in name:
         return product * (3 * width + 2 * v.shape[3])
     return product * (width + v.shape[3])
+
+
+def _fp8_gemm_flops(a, a_scales, b, *_) -> float:
+    _, N, K = b.shape
+    return 2 * len(a) * N * K
+
+
+def _fp8_wgrad_flops(a, a_scales, b, b_scales, offsets, grads) -> float:
+    """Of the rows, to within a tile of 128; the padding between the experts does not count."""
+    rows = a.shape[1] - padded_rows(0, len(grads))
+    return 2 * rows * len(a) * len(b)
+
+
+# Arguments of `kernels.fp8_gemm`; the second has no output, it adds to gradients.
+FP8_FLOPS = {"fp8_grouped_gemm": _fp8_gemm_flops, "fp8_grouped_wgrad": _fp8_wgrad_flops}

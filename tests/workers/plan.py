@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +17,14 @@ from r1kern import distributed
 from r1kern.config import TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+FP8 = {"precision": "fp8_blockwise", "fp8_linears": True}
 
 
 def configs(*names: str) -> None:
     """Plan each config; one JSON line each. A name may be followed by overrides, `+`-joined."""
     from r1kern.plan import command
+    from r1kern.plan.layouts import widths
+    from r1kern.plan.make import model_as_built
 
     for i, item in enumerate(names):
         name, *overrides = item.split("+")
@@ -30,7 +34,10 @@ def configs(*names: str) -> None:
         files = {"json_file": Path(f"{i}.json"), "picture": Path(f"{i}.svg")}
         console = Console(file=printed, width=200)
         plan = command.run(options, hardware=hardware, console=console, **files)
+        model = options.model.model_copy(update=FP8)
+        in_fp8 = replace(plan, config=options.model_copy(update={"model": model}))
         line = {
+            "fp8_widths": widths(in_fp8, model_as_built(options)),
             "search_is_exact": _search_is_exact(plan),
             "fits": plan.fits,
             "seconds": time.process_time() - started,
@@ -48,7 +55,27 @@ def _search_is_exact(plan) -> bool:
     return [(s.dense, s.expert) for s in summed] == [(s.dense, s.expert) for s in plan.stages]
 
 
-def demo(folder: str) -> None:
+def layer(folder: str, rows: int = 2048) -> None:
+    """The cost of a mixture-of-experts layer on TP2 x EP8, in bfloat16 and in FP8."""
+    from r1kern.hf.config import read_hf_config
+    from r1kern.model.fp8 import Precision
+    from r1kern.plan import dry
+
+    hf = read_hf_config(folder)
+    hf.first_k_dense_replace = hf.num_nextn_predict_layers = 0
+    precisions = {"bf16": None, "experts": Precision(), "linears": Precision(linears=True)}
+    options = {"tp": 2, "ep": 8, "rows": rows, "length": 512, "dtype": torch.bfloat16}
+    costs = {
+        name: asdict(dry.measure(hf, **options, precision=precision)["moe"])
+        for name, precision in precisions.items()
+    }
+    for cost in costs.values():
+        for way in ("forward", "backward"):
+            cost[way] = {n: cost[way][n] for n in ("flops", "fp8_flops", "moved", "kernels")}
+    print("LAYER", json.dumps(costs))
+
+
+def demo(folder: str, *options: str) -> None:
     """Bytes of a real update on the CPU, and of its plan, as one JSON line."""
     rows, length = 2048, 64
     overrides = [
@@ -56,6 +83,7 @@ def demo(folder: str) -> None:
         f"train.tokens_per_microbatch={rows}",
         "model.init=random",
         "generator.kv_cache_gib=0.25",
+        *options,
     ]
     config = load_config(TrainConfig, ROOT / "configs" / "demo.yaml", overrides)
     measured = _measured(config, rows, length)
@@ -63,13 +91,14 @@ def demo(folder: str) -> None:
 
     plan = make_plan(config, prompt_tokens=20, response_tokens=length - 20, device="cpu")
     phase = plan.phases[0]["update"]
-    planned = {name: phase[name] for name in ("weights", "gradients", "optimizer")}
+    planned = {name: phase[name] for name in ("weights", "gradients", "optimizer", "FP8 codes")}
     planned["activations"] = sum(piece.saved for piece in plan.pieces(0))
     print("DEMO", json.dumps({"measured": measured, "planned": planned}))
 
 
 def _measured(config: TrainConfig, rows: int, length: int) -> dict[str, int]:
     world = distributed.start()
+    from r1kern.model import fp8
     from r1kern.model.core_attention import Packing
     from r1kern.plan.trace import SavedBytes
     from r1kern.train.packing import pack
@@ -100,6 +129,7 @@ def _measured(config: TrainConfig, rows: int, length: int) -> dict[str, int]:
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": _bytes(v for s in states for v in s.values() if torch.is_tensor(v)),
         "activations": activations,
+        "FP8 codes": fp8.codes_bytes(policy.model),
     }
     from megatron.core import parallel_state
 
@@ -122,5 +152,7 @@ def back(model: str) -> None:
 
 if __name__ == "__main__":
     demo(sys.argv[1])
+    demo(sys.argv[1], *(f"model.{name}={value}" for name, value in FP8.items()))
+    layer(sys.argv[2])
     back(sys.argv[2])
     configs(*sys.argv[3:])
