@@ -11,8 +11,9 @@ settings.load_profile("untimed")
 
 # What takes longest comes first, so that no process works on alone at the end.
 LONG = """
-    run generate eval math_reward hf_files checkpoint invariance layouts pipeline sync readme
-    package reward_model plan dense_run harness cli launch bench objective_triton host_optimizer
+    run generate eval math_reward hf_files checkpoint invariance layouts hopper_host pipeline sync
+    readme package reward_model plan dense_run harness cli launch bench objective_triton
+    host_optimizer
 """
 
 
