@@ -40,8 +40,11 @@ else:
 FAILS = """
 import os, sys, time, pathlib
 log = pathlib.Path(sys.argv[1], os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"])
-log.write_text(str(os.getpid()))
+log.with_suffix(".part").write_text(str(os.getpid()))
+log.with_suffix(".part").rename(log)
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys.argv[2]:
+    while not log.with_name(log.name[0] + "0").exists():
+        time.sleep(0.01)
     raise ValueError("rank 1 gives up")
 if os.environ["TORCHELASTIC_RESTART_COUNT"] in sys.argv[2]:
     time.sleep(600)
