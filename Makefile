@@ -8,7 +8,7 @@ unexport PYTHONPATH PYTHONHOME
 demo: venv
 	@.venv/bin/r1kern demo
 
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: venv tools
 	@$(PYTEST)
