@@ -32,7 +32,7 @@ def frozen_imports():
     Else each takes up to a second of this process, a fifth of the time of all tests.
     """
     global modules_frozen
-    if len(sys.modules) > modules_frozen or not gc.get_freeze_count():
+    if len(sys.modules) > modules_frozen:
         gc.collect()
         gc.freeze()
         modules_frozen = len(sys.modules)
