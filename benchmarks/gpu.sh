@@ -5,8 +5,8 @@
 #
 # One call starts nothing after SLICE seconds (480) and the next goes on where it stopped; what other
 # sources gave is tested, checked and measured again.  Exit code 0: all done; 3: time ran out, call
-# it again; anything else: a failure.  Needs torch, triton, pytest, pybind11, a compiler and, for the
-# kernels in CUDA C++, nvcc; neither Megatron nor vLLM.  CASES names some cases ("fp8_experts
+# it again; anything else: a failure.  Needs torch, triton, pytest, hypothesis, pybind11, a compiler and,
+# for the kernels in CUDA C++, nvcc; neither Megatron nor vLLM.  CASES names some cases ("fp8_experts
 # fp8_wgrad").  With OUT set, the results are written there as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,7 +26,7 @@ tests() {  # each file once for these sources, until the slice is over
     hash=$("$python" -c "from r1kern.benchmarks import kernels; print(kernels.source_hash())")
     for file in tests/test_*_gpu.py; do
         if [[ ! -e $file ]]; then continue; fi
-        done="$hash $(sha256sum <"$file" | cut -c1-12) $file"
+        done="$hash $(cat "$file" tests/*_cases.py tests/truth.py | sha256sum | cut -c1-12) $file"
         if grep -qxF "$done" "$work/gpu_tests.txt" 2>/dev/null; then continue; fi
         if ((slice - SECONDS <= 0)); then return 3; fi
         if "$python" -m pytest -q -m "full or not full" "$file"; then

@@ -1,7 +1,8 @@
 // The Hopper kernels as the binding calls them: arguments only, no CUDA header.
 //
-// Addresses are device addresses, of contiguous tensors but for the strides, in elements.  A call only enqueues; what fails in it
-// throws CudaError, one line.  Nothing needs a driver before the first call.
+// Addresses are device addresses, of contiguous tensors but for the strides, in elements.  A call
+// only enqueues; what fails in it throws CudaError, one line.  Nothing needs a driver before the
+// first call.
 #pragma once
 
 #include <cstddef>

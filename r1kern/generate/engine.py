@@ -355,8 +355,8 @@ def build(arguments: dict, device: str):
 
 
 def collect_and_freeze() -> None:
-    """Collections to come skip what is there now: vLLM asks for five while it starts, and each of
-    them, or of a checkpoint's, would walk all that was imported (half a second)."""
+    """Collections to come skip what is there now: vLLM asks for some while it starts, checkpoints
+    for more, and each would walk all that was imported (half a second)."""
     gc.collect()
     gc.freeze()
 
